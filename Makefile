@@ -1,0 +1,78 @@
+# Needs python3 (3.11 or newer), make, sh, coreutils; everything else is installed into a virtual environment.
+# `make` alone lists the targets.  PYTHON=python3.12 chooses the interpreter; each choice has its own environment.
+
+PYTHON  ?=
+CONFIG  ?= config.toml
+JOBS    ?= 2
+RUNS    ?= 100000
+SEED    ?=
+ARGS    ?=
+ifeq ($(PYTHON),)
+VENV    ?= .venv
+else
+VENV    ?= build/venv-$(subst /,-,$(PYTHON))
+endif
+
+BOOKS   := telemt.py $(wildcard telemt_api.py)
+STAMP   := $(VENV)/.dev-extras-installed
+PY      := $(VENV)/bin/python
+FIND    := sh tools/pythons.sh
+SHELL   := /bin/sh
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help run venv test check lint types house fuzz laws test-all clean
+
+help: ## list the targets
+	@while IFS= read -r line; do \
+		case "$$line" in [a-z]*:*'## '*) printf '  make %-9s %s\n' "$${line%%:*}" "$${line##*## }";; esac; \
+	done < Makefile
+
+run: ## start the proxy with CONFIG=config.toml; installs nothing
+	@python=$$($(FIND) pick "$(PYTHON)") && exec "$$python" telemt.py "$(CONFIG)" $(ARGS)
+
+venv: $(STAMP) ## create the virtual environment with the dev extras
+
+$(STAMP): pyproject.toml
+	@python=$$($(FIND) pick "$(PYTHON)") && \
+	if ! "$(PY)" -c '' 2>/dev/null; then \
+		echo "creating $(VENV) with $$python"; \
+		"$$python" -m venv --clear "$(VENV)" || { echo "no venv module? on Debian: apt-get install python3-venv" >&2; exit 1; }; \
+	fi
+	@"$(PY)" -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"], sep="\n")' > "$(VENV)/dev-extras.txt"
+	"$(PY)" -m pip install --quiet --upgrade -r "$(VENV)/dev-extras.txt"
+	@touch "$@"
+
+test: $(STAMP) ## run every test in two processes; ARGS='-k word' narrows
+	"$(PY)" -m pytest -n $(JOBS) $(ARGS)
+
+check: lint types house test ## all that CI asks: lint, types, house, test
+
+lint: $(STAMP) ## ruff over all Python files
+	"$(PY)" -m ruff check
+
+types: $(STAMP) ## mypy --strict over the program and the tools
+	"$(PY)" -m mypy
+
+house: ## compare the section map with the code, and the other rules of the house
+	@python=$$($(FIND) pick "$(PYTHON)") && "$$python" -B tools/house_check.py $(ARGS) $(BOOKS)
+
+fuzz: $(STAMP) ## mutate the input of every parser, RUNS=100000 times each; ARGS='--target NAME'
+	"$(PY)" tools/fuzz.py --runs $(RUNS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+laws: $(STAMP) ## property tests with the big hypothesis profile
+	HYPOTHESIS_PROFILE=big "$(PY)" -m pytest -n $(JOBS) tests/laws $(ARGS)
+
+test-all: ## the tests on every CPython 3.11-3.14 found (PATH, pyenv, uv), each in build/venv-VERSION
+	@mkdir -p build; $(FIND) all > build/pythons.txt; cat build/pythons.txt; failed=; \
+	while read -r version python; do \
+		echo "== CPython $$version"; \
+		$(MAKE) --no-print-directory test PYTHON="$$python" VENV="build/venv-$$version" < /dev/null || failed="$$failed $$version"; \
+	done < build/pythons.txt; \
+	[ -s build/pythons.txt ] || { echo "no CPython 3.11 or newer found" >&2; exit 1; }; \
+	[ -z "$$failed" ] || { echo "failed on:$$failed" >&2; exit 1; }
+
+clean: ## remove environments, caches and build results
+	rm -rf .venv build .hypothesis .mypy_cache .pytest_cache .ruff_cache dist telemt_py.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,62 @@
+"""What all tests share: the seed, the hypothesis profiles, and the rig of the journeys."""
+from __future__ import annotations
+
+import os
+import random
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+import doubles
+
+hypothesis.settings.register_profile("dev", max_examples=60, deadline=None)
+hypothesis.settings.register_profile("big", max_examples=3000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+FAILED = pytest.StashKey[bool]()
+
+
+def pytest_configure() -> None:
+    """Journeys hold both ends of many connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "journeys" in item.path.parts:
+            item.add_marker(pytest.mark.journey)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  # type: ignore[no-untyped-def]
+    report = yield
+    if report.failed:
+        item.stash[FAILED] = True
+    return report
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    """Random numbers; the seed is printed when the test fails, TELEMT_SEED repeats it."""
+    seed = int(os.environ.get("TELEMT_SEED") or random.SystemRandom().randrange(1 << 32))
+    print(f"TELEMT_SEED={seed}")
+    return random.Random(seed)
+
+
+@pytest.fixture
+def rig(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[doubles.Rig]:
+    """Proxies, data centres and clients of one journey, which ends with the leak check unless it has failed before."""
+    rig = doubles.Rig(tmp_path)
+    try:
+        yield rig
+        if request.node.stash.get(FAILED, False):
+            print(*[proxy.tail() for proxy in rig.proxies], sep="\n")
+        else:
+            rig.finish()
+    finally:
+        rig.close()

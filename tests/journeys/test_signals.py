@@ -1,0 +1,112 @@
+"""Stopping under load, twice, by either signal; and a hang-up that is never the end."""
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+
+from doubles import HANGUP, MIB, Client, Rig, helper, poll
+
+
+def crowd_at_work(rig: Rig) -> list[Client]:
+    """Sessions in every state: quiet, half a hello, a stalled download, a stalled upload; returns those that wait for an end."""
+    waiting = [rig.client("alice", mode) for mode in ("classic", "secure", "tls") * 4]
+    for client in waiting[::2]:
+        client.echo()
+    half = rig.dial()
+    half.push(half.hello[:200])
+    late = rig.dial()
+    late.push(late.hello)
+    late.read_flight()
+    for mode in ("classic", "secure", "tls"):
+        stalled = rig.client("bob", mode, rcvbuf=16384)
+        stalled.order("send", 64 * MIB)
+    hole = rig.dial("alice", "classic", dc=3)
+    hole.push(hole.header)
+    return [*waiting, half, late, hole]
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT], ids=lambda sig: sig.name)
+def test_stop_under_load(rig: Rig, sig: signal.Signals) -> None:
+    hole = rig.black_hole()
+    proxy = rig.proxy({"dc_overrides": {"3": [hole.address]}})
+    waiting = crowd_at_work(rig)
+    busy = rig.client("bob", "tls")
+
+    def download() -> None:
+        with pytest.raises((EOFError, *HANGUP)):
+            busy.order("send", 1 << 40)
+            busy.recv_digest(1 << 40)
+    with helper(download):
+        poll(lambda: busy.got_bytes > 20 * MIB, "a download at full speed")
+        begin = time.monotonic()
+        proxy.stop(sig)
+        assert time.monotonic() - begin < 4
+    for client in waiting:
+        client.expect_closed()
+
+
+def test_stop_when_idle_is_quick(rig: Rig) -> None:
+    proxy = rig.proxy()
+    rig.client().req_pq()
+    begin = time.monotonic()
+    proxy.stop()
+    assert time.monotonic() - begin < 2
+
+
+@pytest.mark.parametrize("sigs", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)],
+                         ids=lambda pair: "+".join(sig.name for sig in pair))
+def test_second_signal_ends_at_once(rig: Rig, sigs: tuple[signal.Signals, signal.Signals]) -> None:
+    proxy = rig.proxy()
+    for mode in ("classic", "secure", "tls"):               # bytes for somebody who does not read make the first signal wait
+        rig.client("bob", mode, rcvbuf=16384).order("send", 64 * MIB)
+    for peer in [rig.dc.take() for _ in range(3)]:
+        poll(lambda peer=peer: peer.sent_bytes >= MIB, "bytes in the queue")
+    proxy.process.send_signal(sigs[0])
+    proxy.wait_log("Shutting down")
+    begin = time.monotonic()
+    proxy.process.send_signal(sigs[1])
+    code = proxy.wait_exit(1)
+    assert time.monotonic() - begin < 0.5
+    assert code in (0, -sigs[1]), code                      # config.md 6.4: "by signal", unless it was just leaving anyway
+    proxy.check_output()
+
+
+def test_hang_up_is_never_fatal(rig: Rig) -> None:
+    proxy = rig.proxy(ready=r"INFO telemt::?\w*: telemt\.py .* crypto=")    # the first line: handlers stand before anything slow
+    for _ in range(20):
+        proxy.process.send_signal(signal.SIGHUP)
+    proxy.wait_log("Listening on")
+    client = rig.client()
+    client.req_pq()
+    for _ in range(20):
+        proxy.process.send_signal(signal.SIGHUP)
+        client.echo()
+    rig.client("bob", "classic").req_pq()
+    proxy.quiet_fds = proxy.quiet_fds | proxy.fds()         # the first count was made before there was a listener
+    del proxy.quiet_fds["tcp"]
+
+
+@pytest.mark.parametrize("name", ["SIGPIPE", "SIGURG", "SIGWINCH", "SIGCONT"])
+def test_other_signals_change_nothing(rig: Rig, name: str) -> None:
+    proxy = rig.proxy()
+    client = rig.client()
+    for _ in range(5):
+        proxy.process.send_signal(getattr(signal, name))
+        client.echo()
+
+
+def test_stop_while_nobody_reads_the_log(rig: Rig) -> None:
+    """A full pipe on stdout must not keep the process: whatever hangs, it is gone in 4 s (config.md section 8 item 17)."""
+    proxy = rig.proxy()
+    with proxy.hold_log():
+        for _ in range(600):                                # far more than the 64 KiB that a pipe holds
+            try:
+                rig.dial("alice", "classic", timeout=0.5).push(b"GET / HTTP/1.0\r\n\r\n")
+            except (TimeoutError, OSError):
+                break
+            rig.clients.pop().close()
+        proxy.process.send_signal(signal.SIGTERM)
+        proxy.process.wait(4.5)
+    assert proxy.wait_exit() in (0, 1, -signal.SIGTERM)

@@ -1,0 +1,160 @@
+"""Laws of the pure parsers: any split is one chunk, and whatever a stranger sends is a WireError or an answer."""
+import ipaddress
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import telemt
+from telemt import (ClientHello, FrontShape, KeyedHmac, Reason, RecordReader, ReplayWindow, Transport, WireError, build_server_hello,
+                    has_reserved_prefix, make_dc_preamble, match_client_hello, parse_client_hello, parse_client_preamble, without_random)
+from tests.cases import BACKEND, client_preamble, signed_hello
+
+HELLO = signed_hello(timestamp=1_760_000_000)
+records = st.lists(st.tuples(st.sampled_from((0x17, 0x14, 0x15, 0x16, 0x18)), st.sampled_from((0x0303, 0x0301, 0x0300)),
+                             st.binary(max_size=60)), max_size=8)
+
+
+def feed(wire, cuts):
+    """(payload, error text or None, closed, mid_record) of a record stream fed in pieces."""
+    reader, payload = RecordReader(), b""
+    points = [0, *sorted(set(cuts)), len(wire)]
+    for start, stop in zip(points, points[1:], strict=False):
+        piece = wire[start:stop]
+        try:
+            payload += b"".join(piece[at:at + size] for at, size in reader.spans(piece, len(piece)))
+        except WireError as error:
+            assert error.reason is Reason.BAD_RECORD
+            return None, str(error), reader.closed, None
+    return payload, None, reader.closed, reader.mid_record or reader.closed
+
+
+@given(records, st.data())
+def test_records_any_split_is_one_chunk(parts, data):
+    wire = b"".join(bytes((kind,)) + version.to_bytes(2, "big") + len(body).to_bytes(2, "big") + body for kind, version, body in parts)
+    cuts = data.draw(st.lists(st.integers(0, len(wire)), max_size=6))
+    assert feed(wire, cuts) == feed(wire, ())
+
+
+@given(st.binary(max_size=200), st.lists(st.integers(0, 200), max_size=5))
+def test_records_of_noise(wire, cuts):
+    feed(wire, [cut for cut in cuts if cut <= len(wire)])
+
+
+@given(st.lists(st.binary(min_size=1, max_size=300), min_size=1, max_size=6), st.data())
+def test_records_carry_exactly_the_payload(pieces, data):
+    wire = b"".join(b"\x17\x03\x03" + len(piece).to_bytes(2, "big") + piece for piece in pieces)
+    payload, error, closed, mid = feed(wire, data.draw(st.lists(st.integers(0, len(wire)), max_size=8)))
+    assert (payload, error, closed, mid) == (b"".join(pieces), None, False, False)
+
+
+@given(st.binary(max_size=700))
+def test_hello_of_noise(body):
+    try:
+        hello = parse_client_hello(b"\x16\x03\x01" + len(body).to_bytes(2, "big") + body)
+    except WireError as error:
+        assert error.reason is Reason.HELLO_MALFORMED
+    else:
+        assert len(hello.digest) == 32 and len(hello.session_id) <= 32 and hello.groups <= {29, 4588}
+
+
+@given(st.lists(st.tuples(st.integers(5, len(HELLO) - 1), st.integers(0, 255)), max_size=10))
+def test_mutated_hello_parses_and_fails_its_digest(changes):
+    record = bytearray(HELLO)
+    for at, value in changes:
+        record[at] = value
+    try:
+        hello = parse_client_hello(bytes(record))
+    except WireError as error:
+        assert error.reason is Reason.HELLO_MALFORMED
+        return
+    mac = KeyedHmac(bytes(range(16))).digest(without_random(bytes(record)))
+    fits = match_client_hello(hello.digest, mac) is not None
+    signed = bytes(record[:11] + record[39:]), record[11:39]
+    unchanged = (signed[0][:11] + signed[0][15:], signed[1]) == (HELLO[:11] + HELLO[43:], HELLO[11:39])
+    assert fits == unchanged, "only the four clock bytes may change without breaking the signature"
+
+
+@given(st.binary(min_size=64, max_size=64), st.binary(min_size=16, max_size=16))
+def test_preamble_of_noise(block, secret):
+    try:
+        preamble = parse_client_preamble(block, secret, BACKEND)
+    except WireError as error:
+        assert error.reason is Reason.BAD_HEADER
+    else:
+        assert preamble.transport in Transport
+
+
+@given(st.sampled_from(["abridged", "intermediate", "secure"]), st.integers(-0x8000, 0x7FFF), st.integers(0, 1 << 30),
+       st.binary(max_size=100), st.data())
+def test_preamble_round_trip_and_split(proto, dc, seed, tail, data):
+    head, sending, receiving = client_preamble(proto=proto, dc=dc, seed=seed)
+    preamble = parse_client_preamble(head, bytes(range(16)), BACKEND)
+    assert (preamble.transport.word, preamble.dc) == (proto, dc)
+    cut = data.draw(st.integers(0, len(tail)))
+    wire = sending.update(tail)
+    assert preamble.from_client.update(wire[:cut]) + preamble.from_client.update(wire[cut:]) == tail
+    assert receiving.update(BACKEND.ctr(preamble.to_client_key, preamble.to_client_iv).update(tail)) == tail
+
+
+@given(st.sampled_from(list(Transport)), st.integers(-0x8000, 0x7FFF), st.one_of(st.just(b""), st.binary(min_size=48, max_size=48)),
+       st.integers(0, 1 << 30))
+def test_dc_preamble_is_what_a_data_centre_reads(transport, dc, answer_key, seed):
+    opening = make_dc_preamble(transport, dc, BACKEND, random.Random(seed).randbytes, answer_key)
+    plain = BACKEND.ctr(opening.block[8:40], opening.block[40:56]).update(opening.block)
+    assert plain[56:62] == transport.value + dc.to_bytes(2, "little", signed=True)
+    assert opening.block[0] != 0xEF and opening.block[4:8] != bytes(4) and not has_reserved_prefix(opening.block[:4])
+    if answer_key:
+        assert opening.from_dc_key + opening.from_dc_iv == answer_key, "fast_mode: the answer is already encrypted for the client"
+
+
+@given(st.binary(min_size=32, max_size=32), st.binary(max_size=32), st.lists(st.integers(0, 0xFFFF), max_size=20), st.integers(64, 10_240),
+       st.sampled_from([None, 0x1301, 0x1302, 0x1303]), st.permutations((43, 51)), st.sampled_from([(29, 32), (4588, 1120)]))
+def test_flight_has_three_records_and_offered_suite(digest, session_id, suites, size, suite, order, share):
+    hello = ClientHello(digest, session_id, tuple(suites), None, (), frozenset((share[0],)))
+    flight = build_server_hello(hello, FrontShape(size, suite, share[0], tuple(order)), share[0], bytes(share[1]), KeyedHmac(digest), bytes)
+    first = int.from_bytes(flight[3:5], "big")
+    assert first == 90 + len(session_id) + share[1] - 32 and flight[5 + first:11 + first] == b"\x14\x03\x03\x00\x01\x01"
+    assert flight[11 + first:16 + first] == b"\x17\x03\x03" + size.to_bytes(2, "big") and len(flight) == 16 + first + size
+    at = 44 + len(session_id)
+    chosen = int.from_bytes(flight[at:at + 2], "big")
+    offered = [one for one in suites if one in (0x1301, 0x1302, 0x1303)]
+    assert chosen == (suite if suite in suites else offered[0] if offered else 0x1301)
+    assert KeyedHmac(digest).digest(digest, flight[:11], bytes(32), flight[43:]) == flight[11:43]
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5)), max_size=60), st.integers(1, 5), st.integers(0, 8))
+def test_replay_window_against_a_model(steps, size, age):
+    """Model: a list of (key, born) in order of last look-up."""
+    window, model, now = ReplayWindow(size, age), [], 0
+    for number, pause in steps:
+        now += pause
+        key = bytes((number,))
+        known = next((row for row in model if row[0] == key and not (age and now - row[1] > age)), None)
+        model = [row for row in model if row[0] != key]
+        model.append(known or (key, now))
+        model = model[-size:]
+        while len(model) > 1 and age and now - model[0][1] > age and not known:
+            model.pop(0)
+        assert window.is_replay(key, now) is (known is not None)
+        assert len(window) <= size
+
+
+@given(st.text(max_size=30))
+def test_parse_target_of_noise(text):
+    try:
+        ip, port = telemt.parse_target(text)
+    except ValueError:
+        return
+    assert 0 <= port <= 65_535 and ipaddress.ip_address(ip)
+
+
+@pytest.mark.parametrize("size", [0, 1, 16, 44, 76])
+def test_short_hellos_are_malformed_or_empty(size):
+    try:
+        hello = parse_client_hello(HELLO[:size])
+    except WireError as error:
+        assert error.reason is Reason.HELLO_MALFORMED
+    else:
+        assert hello.groups == frozenset()

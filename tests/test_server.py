@@ -1,0 +1,205 @@
+"""Room 20: places, the sweep, links, bind failures, stopping."""
+import datetime
+import socket
+import time
+
+import pytest
+
+import telemt
+from telemt import Level, LogBook, Server, is_bogon, link_host, slot_cap, user_links
+from tests.cases import BACKEND, SECRET, TestLoop, client_preamble, read_all, settings_of
+
+LOCAL = '[server]\nport = 0\n[[server.listeners]]\nip = "127.0.0.1"\n'
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    found = []
+    monkeypatch.setattr(LogBook, "sink", lambda level, target, text: found.append((level, text)))
+    monkeypatch.setattr(LogBook, "threshold", Level.DEBUG)
+    return found
+
+
+@pytest.fixture
+def make_server():
+    made = []
+
+    def make(text=LOCAL, fd_limit=4096):
+        server = Server(settings_of(text), TestLoop(), BACKEND, fd_limit)
+        made.append(server)
+        return server
+
+    yield make
+    for server in made:
+        server.stop()
+        server.loop.turn(2)
+        server.loop.turn(2)
+        assert not server.sweep.relays or server.loop._stopped
+        for owner in list(server.places.owners):
+            owner.close(None)
+        server.loop.turn()
+        assert set(server.loop.handlers) == {server.loop._bell.fileno()}
+        server.loop.dispose()
+
+
+def client_of(server):
+    sock = socket.create_connection(server.places.listeners[0].address)
+    sock.setblocking(False)
+    server.loop.settle()
+    return sock
+
+
+@pytest.mark.parametrize(("fds", "cap"), [(64, 64), (300, 64), (1024, 384), (4096, 1920), (65_536, 10_000)])
+def test_cap_follows_the_fd_limit(fds, cap):
+    assert slot_cap(fds) == cap
+
+
+def test_accepting_stops_at_the_cap_and_goes_on_below(make_server, logged):
+    server = make_server()
+    server.open_listeners()
+    server.accept()
+    server.places.cap = 2
+    clients = [client_of(server) for _ in range(4)]
+    assert len(server.places.owners) == 2 and server.places.listeners[0].fd not in server.loop.poller.masks
+    assert sum("Connection limit reached" in text for _, text in logged) == 1
+    clients[0].close()
+    server.loop.settle()
+    assert len(server.places.owners) == 2 and server.counters.connections_total == 3
+    for sock in clients:
+        sock.close()
+    server.loop.settle()
+    assert not server.places.owners
+
+
+def relay_of(server, monkeypatch):
+    """A running session of alice through a data centre on loopback."""
+    dc = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setattr(telemt.DcDirectory, "targets", lambda *_: [dc.getsockname()[:2]])
+    client = client_of(server)
+    client.sendall(client_preamble()[0])
+    server.loop.settle()
+    far, _ = dc.accept()
+    server.loop.settle()
+    dc.close()
+    return client, far
+
+
+def test_idle_server_has_no_deadline_before_the_idle_limit(make_server, monkeypatch):
+    server = make_server(LOCAL + "[general.modes]\nsecure = true\n")
+    server.open_listeners()
+    server.accept()
+    client, far = relay_of(server, monkeypatch)
+    assert len(server.sweep.relays) == 1
+    server.loop.turn(31)
+    assert server.loop._patience() > 1700
+    client.close()
+    far.close()
+
+
+def test_sweep_ends_idle_sessions(make_server, monkeypatch, logged):
+    server = make_server(LOCAL + "[general.modes]\nsecure = true\n")
+    server.open_listeners()
+    server.accept()
+    client, far = relay_of(server, monkeypatch)
+    server.loop.turn(1799)
+    assert server.sweep.relays
+    server.loop.turn(12)
+    assert not server.sweep.relays and any("Activity timeout" in text for _, text in logged)
+    client.close()
+    far.close()
+
+
+def test_sweep_ends_expired_sessions(make_server, monkeypatch, logged):
+    until = datetime.datetime.fromtimestamp(time.time() + 30, datetime.UTC).isoformat()
+    server = make_server(f'{LOCAL}[general.modes]\nsecure = true\n[access.user_expirations]\nalice = "{until}"\n')
+    server.open_listeners()
+    server.accept()
+    client, far = relay_of(server, monkeypatch)
+    server.loop.turn(29)
+    assert server.sweep.relays
+    monkeypatch.setattr(telemt.time, "time", lambda: time.monotonic() + 4e9)
+    server.loop.turn(10)
+    assert not server.sweep.relays and (Level.INFO, "User alice expired: closed 1 connections") in logged
+    client.close()
+    far.close()
+
+
+def test_stop_closes_everything_and_leaves_the_loop(make_server, monkeypatch, logged):
+    server = make_server(LOCAL + "[general.modes]\nsecure = true\n")
+    server.open_listeners()
+    server.accept()
+    client, far = relay_of(server, monkeypatch)
+    other = client_of(server)
+    server.stop()
+    server.stop()
+    server.loop.turn()
+    assert server.loop._stopped and not server.places.owners and not server.sweep.relays
+    assert read_all(client)[1] and read_all(far)[1] and read_all(other)[1]
+    assert [text for _, text in logged].count("Shutting down...") == 1
+    for sock in (client, far, other):
+        sock.close()
+
+
+def test_family_gates_and_addresses_in_use(make_server, logged):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = make_server(f'[server]\nport = {port}\n[[server.listeners]]\nip = "127.0.0.1"\n[[server.listeners]]\nip = "::1"\n')
+        assert server.open_listeners() == []
+    texts = [text for _, text in logged]
+    assert "Skipping IPv6 listener: IPv6 disabled by [network] addr=::1" in texts
+    assert any(text.startswith("Failed to bind: address already in use") and "pid=" in text for text in texts)
+    assert "reuse_allow=false; set [[server.listeners]].reuse_allow=true to allow multi-instance listening" in texts
+
+
+def test_reuse_port_lets_two_share(make_server):
+    first = make_server(LOCAL.replace('"127.0.0.1"', '"127.0.0.1"\nreuse_allow = true'))
+    (_, port), = first.open_listeners()
+    second = make_server(f'[server]\nport = {port}\n[[server.listeners]]\nip = "127.0.0.1"\nreuse_allow = true\n')
+    assert second.open_listeners()
+
+
+# -- links
+
+
+def test_rows_of_a_user():
+    settings = settings_of('[general.modes]\nclassic = true\nsecure = true\n[censorship]\ntls_domain = "a.b"\ntls_domains = ["c.d"]')
+    base = "tg://proxy?server=2001:db8::1&port=443&secret="
+    assert user_links(settings, SECRET, "2001:db8::1", 443) == [
+        ("Classic", base + SECRET), ("DD", f"{base}dd{SECRET}"),
+        ("EE-TLS", f"{base}ee{SECRET}612e62"), ("EE-TLS", f"{base}ee{SECRET}632e64")]
+
+
+@pytest.mark.parametrize(("listener", "general", "detected", "host"), [
+    ('ip = "0.0.0.0"', "", ("8.8.4.4", None), "8.8.4.4"),
+    ('ip = "0.0.0.0"', "", (None, None), "0.0.0.0"),
+    ('ip = "0.0.0.0"', 'middle_proxy_nat_ip = "9.9.9.9"', ("10.0.0.1", None), "9.9.9.9"),
+    ('ip = "0.0.0.0"', 'middle_proxy_nat_ip = "9.9.9.9"', ("8.8.4.4", None), "8.8.4.4"),
+    ('ip = "192.168.1.1"', "", ("8.8.4.4", None), "192.168.1.1"),
+    ('ip = "0.0.0.0"\nannounce = "proxy.example"', "", ("8.8.4.4", None), "proxy.example"),
+    ('ip = "::"', "", ("8.8.4.4", "2001:4860::1"), "2001:4860::1"),
+])
+def test_host_of_a_listener(listener, general, detected, host):
+    settings = settings_of(f"[general]\n{general}\n[[server.listeners]]\n{listener}")
+    assert link_host(settings.server.listeners[0], detected, settings) == host
+
+
+@pytest.mark.parametrize(("ip", "bogon"), [("8.8.8.8", False), ("10.1.2.3", True), ("100.64.0.1", True), ("127.0.0.1", True),
+                                           ("172.32.0.1", False), ("2001:4860::1", False), ("2001:db8::1", True), ("fe80::1", True)])
+def test_bogons(ip, bogon):
+    assert is_bogon(ip) is bogon
+
+
+def test_link_block(logged):
+    settings = settings_of('[general.links]\nshow = ["bob", "nobody"]\n[censorship]\ntls_domain = "a.b"\n[access.users]\n'
+                           f'alice = "{SECRET}"\nbob = "{SECRET.upper()}"')
+    telemt.print_links(settings, "h.example", 8443)
+    link = f"proxy?server=h.example&port=8443&secret=ee{SECRET.upper()}612e62"
+    assert logged == [
+        (Level.INFO, "--- Proxy Links (h.example) ---"), (Level.INFO, "User: bob"), (Level.INFO, f"  EE-TLS:  tg://{link}"),
+        (Level.INFO, f"           https://t.me/{link}"), (Level.WARN, "User 'nobody' in show_link not found"),
+        (Level.INFO, "------------------------")]
+
+
+def test_no_block_when_nothing_is_shown(logged):
+    telemt.print_links(settings_of("[general.links]\nshow = []"), "h", 1)
+    assert not logged

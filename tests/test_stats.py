@@ -1,0 +1,53 @@
+"""Room 10: counters, their gate, and the laws of metrics.md 4.1."""
+import pytest
+
+from telemt import Counters, Reason
+
+
+def test_bad_classes_add_up():
+    counters = Counters()
+    for reason in (Reason.BAD_DIGEST, Reason.BAD_DIGEST, Reason.TLS_REPLAY):
+        counters.bad(reason)
+    assert counters.connections_bad_total == sum(counters.bad_by_class.values()) == 3
+    assert counters.bad_by_class[Reason.BAD_DIGEST] == 2
+
+
+def test_failures_add_up_and_timeouts_agree():
+    counters = Counters()
+    counters.failed(Reason.TIMEOUT, "direct_mtproto")
+    counters.failed(Reason.EOF, "first_packet_prelude")
+    assert sum(counters.failures_by_class.values()) == sum(counters.failures_by_stage.values()) == 2
+    assert counters.handshake_timeouts_total == counters.failures_by_class[Reason.TIMEOUT] == 1
+
+
+def test_a_closed_gate_stands_still():
+    counters = Counters()
+    counters.accepted()
+    counters.enabled = False
+    counters.accepted()
+    counters.bad(Reason.BAD_HEADER)
+    counters.failed(Reason.TIMEOUT, "direct_mtproto")
+    counters.attempt()
+    counters.hard_error()
+    counters.cycle(True, 1, 5)
+    assert (counters.connections_total, counters.connections_bad_total, counters.handshake_timeouts_total) == (1, 0, 0)
+    assert (counters.connect_attempt_total, counters.connect_success_total, counters.connect_failfast_hard_error_total) == (0, 0, 0)
+    assert not counters.bad_by_class and counters.connect_attempts == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("attempts", "bucket"), [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (99, 3)])
+def test_attempt_buckets(attempts, bucket):
+    counters = Counters()
+    counters.cycle(False, attempts, 0)
+    assert counters.connect_attempts[bucket] == 1 and counters.connect_fail_total == 1
+
+
+@pytest.mark.parametrize(("duration_ms", "bucket"), [(0, 0), (100, 0), (101, 1), (500, 1), (501, 2), (1000, 2), (1001, 3)])
+@pytest.mark.parametrize("ok", [True, False])
+def test_duration_buckets(duration_ms, bucket, ok):
+    counters = Counters()
+    counters.cycle(ok, 1, duration_ms)
+    hit, other = counters.connect_success_ms, counters.connect_fail_ms
+    if not ok:
+        hit, other = other, hit
+    assert hit[bucket] == sum(hit) == 1 and sum(other) == 0

@@ -1,0 +1,369 @@
+"""Room 14: flows with every fallback forced on and off, dialling, listening."""
+import errno
+import os
+import random
+import socket
+
+import pytest
+
+import telemt
+from telemt import (AGAIN, READ, Arena, CopyFlow, Dial, Listener, RecordReader, RouteError, Stream, UnwrapFlow, WireError,
+                    WrapFlow, bind_tcp, plain_ip, resolve)
+from tests.cases import TestLoop, read_all, tcp_pair
+
+BACKEND = telemt.pick_backend()
+KEY, IV = bytes(range(32)), bytes(range(16))
+PATHS = {"all": (), "no-splice": ("no-splice",), "no-scatter": ("no-scatter",)}
+
+
+@pytest.fixture
+def loop():
+    found = TestLoop()
+    yield found
+    found.dispose()
+
+
+class Bench:
+    """far end -> [source .. flow .. sink] -> near end, driven by hand."""
+
+    def __init__(self, loop, make_flow, paths=(), buffer=None):
+        self.loop = loop
+        self.arena = Arena(BACKEND, paths)
+        self.far, source = tcp_pair()
+        sink, self.near = tcp_pair(buffer)
+        self.source, self.sink = Stream(loop, source), Stream(loop, sink)
+        self.flow = make_flow(self.arena, self.source, self.sink)
+        self.read, self.ended, self.runs = 0, False, []
+        self.source.watch(READ, self.on_source)
+        self.sink.watch(0, self.on_sink)
+
+    def on_source(self, _mask):
+        size = self.flow.run()
+        self.runs.append(size)
+        if size == 0:
+            self.flow.end()
+        elif size != AGAIN:
+            self.read += size
+
+    def on_sink(self, _mask):
+        self.flow.flush()
+
+    def pump(self, data):
+        """Push all of `data` through, reading at the near end whenever possible."""
+        out, view = bytearray(), memoryview(data)
+        idle = 0
+        while idle < 50:
+            progress = 0
+            if view:
+                try:
+                    progress = self.far.send(view)
+                except BlockingIOError:
+                    progress = 0
+                view = view[progress:]
+            progress += self.loop.turn()
+            piece, self.ended = read_all(self.near)
+            out += piece
+            idle = 0 if progress or piece else idle + 1
+        assert not view
+        return bytes(out)
+
+    def dispose(self):
+        self.flow.close()
+        self.source.close()
+        self.sink.close()
+        self.loop.turn()
+        self.far.close()
+        self.near.close()
+
+
+def unwrap(data):
+    """(payload, [record sizes]) of a stream of application-data records."""
+    payload, sizes, at = bytearray(), [], 0
+    while at < len(data):
+        assert data[at:at + 3] == b"\x17\x03\x03"
+        size = int.from_bytes(data[at + 3:at + 5], "big")
+        payload += data[at + 5:at + 5 + size]
+        assert 0 < size <= telemt.RECORD_OUT_MAX and at + 5 + size <= len(data)
+        sizes.append(size)
+        at += 5 + size
+    return bytes(payload), sizes
+
+
+def wrap(data, seed=1, biggest=4000):
+    """`data` in client records of random sizes, with ChangeCipherSpec and empty records between them."""
+    rng, out, at = random.Random(seed), bytearray(b"\x14\x03\x03\x00\x01\x01"), 0
+    while at < len(data):
+        size = rng.randint(0, biggest)
+        piece = data[at:at + size]
+        out += b"\x17\x03" + rng.choice((b"\x03", b"\x01")) + len(piece).to_bytes(2, "big") + piece
+        if rng.random() < 0.05:
+            out += b"\x14\x03\x03\x00\x01\x01"
+        at += len(piece)
+    return bytes(out)
+
+
+SIZES = [1, 100, 8208, 8209, 8210, 16_384, 65_536, 1_000_000, 9_000_001]
+
+
+@pytest.mark.parametrize("paths", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("buffer", [None, 4096], ids=["fast-sink", "slow-sink"])
+@pytest.mark.parametrize("size", SIZES)
+def test_copy_moves_every_byte(loop, paths, buffer, size):
+    data = random.Random(size).randbytes(size)
+    bench = Bench(loop, CopyFlow, paths, buffer)
+    assert bench.pump(data) == data and bench.read == bench.flow.sent == size and bench.flow.pending == 0
+    bench.dispose()
+    assert bench.arena._pipes_made == len(bench.arena._pipes), "a closed flow has given its pipe back"
+
+
+def test_bulk_is_spliced(loop, monkeypatch):
+    if not hasattr(os, "splice"):
+        pytest.skip("no splice(2) here")
+    moved, real = [], os.splice
+
+    def spy(*args, **more):
+        moved.append(real(*args, **more))
+        return moved[-1]
+
+    monkeypatch.setattr(os, "splice", spy)
+    data = bytes(16 << 20)
+    bench = Bench(loop, CopyFlow)
+    assert bench.pump(data) == data
+    assert sum(moved) > len(data), "most bytes went through a pipe, in and out"
+    assert bench.pump(b"x" * 20) == b"x" * 20
+    for _ in range(20):
+        bench.pump(b"y" * 50)
+    assert bench.flow.level < 3, "chat after bulk goes back to recv and send"
+    bench.dispose()
+
+
+@pytest.mark.parametrize("paths", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("buffer", [None, 4096], ids=["fast-sink", "slow-sink"])
+@pytest.mark.parametrize("size", SIZES)
+def test_wrap_makes_valid_records(loop, paths, buffer, size):
+    data = random.Random(size).randbytes(size)
+    bench = Bench(loop, WrapFlow, paths, buffer)
+    payload, sizes = unwrap(bench.pump(data))
+    assert payload == data and bench.read == size
+    bench.dispose()
+
+
+def test_wrap_cuts_a_turn_into_as_few_records_as_possible(loop):
+    bench = Bench(loop, WrapFlow)
+    data = bytes(4 << 20)
+    _, sizes = unwrap(bench.pump(data))
+    reads = [size for size in bench.runs if size > 0]
+    assert sizes == [part for size in reads for part in [8209] * (size // 8209) + [size % 8209] * (size % 8209 > 0)]
+    bench.dispose()
+
+
+@pytest.mark.parametrize("flow", [CopyFlow, WrapFlow])
+@pytest.mark.parametrize("paths", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("size", [1, 8209, 50_000, 3_000_000])
+def test_two_ciphers_on_the_way(loop, flow, paths, size):
+    data = random.Random(size).randbytes(size)
+    old, new = BACKEND.ctr(KEY, IV), BACKEND.ctr(KEY[::-1], IV)
+    bench = Bench(loop, lambda arena, source, sink: flow(arena, source, sink, (old, new)), paths)
+    out = bench.pump(BACKEND.ctr(KEY, IV).update(data))
+    if flow is WrapFlow:
+        out, _ = unwrap(out)
+    assert BACKEND.ctr(KEY[::-1], IV).update(out) == data
+    bench.dispose()
+
+
+@pytest.mark.parametrize("biggest", [3, 300, 2878, 16_384])
+@pytest.mark.parametrize("size", [1, 64, 5000, 2_000_000])
+def test_unwrap_decrypts_and_re_encrypts(loop, size, biggest):
+    if size > 1_000_000 and biggest < 300:
+        size = 50_000
+    data = random.Random(size).randbytes(size)
+    bench = Bench(loop, lambda arena, source, sink: UnwrapFlow(arena, source, sink, RecordReader(),
+                                                               (BACKEND.ctr(KEY, IV), BACKEND.ctr(KEY[::-1], IV))))
+    out = bench.pump(wrap(BACKEND.ctr(KEY, IV).update(data), biggest=biggest))
+    assert BACKEND.ctr(KEY[::-1], IV).update(out) == data and bench.read == size
+    bench.dispose()
+
+
+def unwrapper(loop):
+    ciphers = BACKEND.ctr(KEY, IV), BACKEND.ctr(KEY, IV)
+    return Bench(loop, lambda arena, source, sink: UnwrapFlow(arena, source, sink, RecordReader(), ciphers))
+
+
+@pytest.mark.parametrize(("wire", "runs"), [
+    (b"\x17\x03\x03\x00\x02ab\x15\x03\x03\x00\x02\x01\x00", [2, 0]),
+    (b"\x15\x03\x03\x00\x02\x01\x00", [0]),
+    (b"\x14\x03\x03\x00\x01\x01", [AGAIN]),
+    (b"\x17\x03\x03\x00", [AGAIN]),
+])
+def test_unwrap_alert_is_the_end(loop, wire, runs):
+    bench = unwrapper(loop)
+    bench.far.sendall(wire)
+    found = [bench.flow.run()]
+    if len(runs) > 1:
+        bench.far.sendall(b"more")
+        found.append(bench.flow.run())
+    assert found == runs
+    bench.dispose()
+
+
+@pytest.mark.parametrize(("wire", "ends"), [(b"\x17\x03\x03\x00\x05ab", True), (b"\x17\x03", True), (b"\x16\x03\x03\x00\x01a", False),
+                                            (b"\x17\x03\x03\xff\xff", False)])
+def test_unwrap_refuses_cut_and_foreign_records(loop, wire, ends):
+    bench = unwrapper(loop)
+    bench.far.sendall(wire)
+    with pytest.raises(WireError):
+        bench.flow.run()
+        if ends:
+            bench.far.shutdown(socket.SHUT_WR)
+            bench.flow.run()
+    bench.dispose()
+
+
+@pytest.mark.parametrize("flow", [CopyFlow, WrapFlow])
+def test_end_is_passed_on_after_what_waits(loop, flow):
+    bench = Bench(loop, flow, buffer=4096)
+    data = random.Random(9).randbytes(3_000_000)
+    view, out = memoryview(data), b""
+    while view:
+        view = view[bench.far.send(view):] if not bench.flow.pending or len(view) < 400_000 else view[:0]
+        loop.turn()
+    sent = len(data)
+    bench.far.shutdown(socket.SHUT_WR)
+    out = bench.pump(b"")
+    payload = out if flow is CopyFlow else unwrap(out)[0]
+    assert bench.ended and data.startswith(payload) and bench.read == len(payload) <= sent
+    bench.dispose()
+
+
+def test_a_slow_sink_pauses_the_source_and_bounds_what_is_kept(loop):
+    bench = Bench(loop, CopyFlow, ("no-splice",), buffer=4096)
+    chunk = bytes(1 << 20)
+    for _ in range(200):
+        try:
+            bench.far.send(chunk)
+        except BlockingIOError:
+            loop.turn()
+    assert 0 < bench.flow.pending <= 1 << 20 and not bench.source.mask & READ
+    kept = bench.flow.pending
+    for _ in range(50):
+        loop.turn()
+    assert bench.flow.pending <= kept, "nothing more is read while bytes wait"
+    bench.dispose()
+
+
+def test_stream_wants_nothing_when_it_is_paused(loop):
+    one, two = tcp_pair()
+    stream = Stream(loop, one)
+    stream.watch(READ, lambda mask: None)
+    stream.want(0)
+    assert stream.fd not in loop.poller.masks, "epoll would report hang-ups for ever"
+    stream.close()
+    stream.close()
+    loop.turn()
+    assert one.fileno() == -1
+    two.close()
+
+
+# -- dialling, listening
+
+
+def dialled(loop, *args, turns=50):
+    found = []
+    dial = Dial(loop, *args, found.append)
+    for _ in range(turns):
+        if found:
+            break
+        loop.turn(0.01)
+    return dial, found
+
+
+def test_dial_connects(loop):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        _, (stream,) = dialled(loop, "127.0.0.1", server.getsockname()[1], 5.0)
+        assert stream.mask == 0 and stream.local_address() == "127.0.0.1"
+        assert stream.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+        stream.close()
+        loop.turn()
+
+
+def test_dial_reports_refusal_as_hard(loop):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    _, (error,) = dialled(loop, "127.0.0.1", port, 5.0)
+    assert isinstance(error, RouteError) and error.hard
+    assert str(error) == f"IO error: Connection refused (os error {errno.ECONNREFUSED})"
+
+
+def test_dial_gives_up_after_its_time(loop, monkeypatch):
+    monkeypatch.setattr(telemt.Stream, "watch", lambda self, mask, handler: None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        found = []
+        Dial(loop, "127.0.0.1", port, 3.0, found.append)
+        loop.turn(2.9)
+        assert not found
+        loop.turn(0.2)
+    assert str(found[0]) == f"Connection timeout to 127.0.0.1:{port}" and not found[0].hard
+
+
+def test_aborted_dial_says_nothing(loop):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        found = []
+        Dial(loop, "127.0.0.1", server.getsockname()[1], 3.0, found.append).abort()
+        loop.turn(5.0)
+    assert not found and not loop.handlers.keys() - {loop._bell.fileno()}
+
+
+def test_dial_without_descriptors_is_an_error_not_a_crash(loop, monkeypatch):
+    def no_socket(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(telemt, "_open_socket", no_socket)
+    _, (error,) = dialled(loop, "127.0.0.1", 1, 5.0)
+    assert str(error) == "IO error: Too many open files (os error 24)"
+
+
+def test_listener_pauses_on_emfile_and_comes_back(loop, monkeypatch):
+    accepted = []
+    listener = Listener(loop, bind_tcp("127.0.0.1", 0, False), lambda sock, peer: accepted.append(sock))
+    listener.resume()
+
+    class Broken:
+        def accept(self):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    real, listener.sock = listener.sock, Broken()
+    client = socket.create_connection(listener.address)
+    loop.turn()
+    assert listener.fd not in loop.poller.masks, "level-triggered: it would spin"
+    listener.sock = real
+    loop.turn(0.2)
+    loop.turn()
+    assert len(accepted) == 1
+    for sock in (client, *accepted):
+        sock.close()
+    listener.close()
+    loop.turn()
+
+
+@pytest.mark.parametrize(("ip", "plain"), [
+    ("::ffff:1.2.3.4", "1.2.3.4"), ("fe80::1%eth0", "fe80::1"), ("1.2.3.4", "1.2.3.4"), ("::1", "::1"),
+])
+def test_plain_ip(ip, plain):
+    assert plain_ip(ip) == plain
+
+
+def test_resolve_passes_bytes_and_refuses_other_alphabets(loop, monkeypatch):
+    asked, found = [], []
+
+    def look_up(host, port, **_):
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))] * 2
+
+    monkeypatch.setattr(telemt.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(loop, "offload", lambda work, done: done(work()))
+    resolve(loop, "front.example", 443, found.append)
+    assert asked == [b"front.example"] and found == [["127.0.0.1"]]
+    resolve(loop, "пример.рф", 443, found.append)
+    loop.turn()
+    assert str(found[1]).endswith("host name must be ASCII: пример.рф")
