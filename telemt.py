@@ -5264,11 +5264,15 @@ def user_links(settings: Settings, secret: str, host: str, port: int) -> list[tu
 
 
 def print_links(settings: Settings, host: str, port: int) -> None:
-    """Print the start-up block for one host: every user that `general.links.show` names."""
+    """Print the start-up block for one host: every user that `general.links.show` names.
+
+    The block is 3.2.1's to the byte (operators and panels read it); the same links for a browser follow behind it.
+    """
     users, show = settings.access.users, settings.general.links.show
     names = sorted(users, key=str.encode) if show == "*" else list(show)
     if not names:
         return
+    rows = []
     log_links.info("--- Proxy Links (%s) ---", host)
     for name in names:
         if name not in users:
@@ -5277,8 +5281,10 @@ def print_links(settings: Settings, host: str, port: int) -> None:
         log_links.info("User: %s", name)
         for label, link in user_links(settings, users[name], host, port):
             log_links.info("  %-9s%s", label + ":", link)
-            log_links.info("  %-9s%s", "", link.replace("tg://proxy", "https://t.me/proxy", 1))
+            rows.append((name, label, link.replace("tg://proxy", "https://t.me/proxy", 1)))
     log_links.info("------------------------")
+    for row in rows:
+        log_links.info("Web link of %s (%s): %s", *row)
 
 
 log_server: Final = Log("server")

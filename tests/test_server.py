@@ -196,8 +196,8 @@ def test_link_block(logged):
     link = f"proxy?server=h.example&port=8443&secret=ee{SECRET.upper()}612e62"
     assert logged == [
         (Level.INFO, "--- Proxy Links (h.example) ---"), (Level.INFO, "User: bob"), (Level.INFO, f"  EE-TLS:  tg://{link}"),
-        (Level.INFO, f"           https://t.me/{link}"), (Level.WARN, "User 'nobody' in show_link not found"),
-        (Level.INFO, "------------------------")]
+        (Level.WARN, "User 'nobody' in show_link not found"), (Level.INFO, "------------------------"),
+        (Level.INFO, f"Web link of bob (EE-TLS): https://t.me/{link}")]
 
 
 def test_no_block_when_nothing_is_shown(logged):

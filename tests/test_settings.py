@@ -153,6 +153,7 @@ REJECTED = [
     ("general.me_reconnect_fast_retry_count = 4294967296",
      "general.me_reconnect_fast_retry_count: expected an integer within [0, 4294967295], found 4294967296"),
     ("general.update_every = -1", f"general.update_every: {U64} -1"),
+    ("general.middle_proxy_pool_size = -1", f"general.middle_proxy_pool_size: {U64} -1"),
     ("general.update_every = 9223372036854775808", "general.update_every: integer does not fit into 64 bits"),
     ("x = [1, {y = -9223372036854775809}]", "x[1].y: integer does not fit into 64 bits"),
     ('general.me_pool_min_fresh_ratio = "0.8"', 'general.me_pool_min_fresh_ratio: expected a number, found string "0.8"'),
@@ -271,7 +272,7 @@ FAILURES = [   # row of config.md 3, text that fails, message, texts that load
     *(("F30", f'server.api.listen = "{bad}"', "server.api.listen must be in IP:PORT format",
        [f'server.api.listen = "{good}"' for good in ("0.0.0.0:0", "[::]:9091", "127.0.0.1:65535")])
       for bad in ("", "9091", "localhost:9091", "127.0.0.1", "::1:80", "[127.0.0.1]:80", "[::1]", "1.2.3.4:",
-                  "1.2.3.4:65536", "1.2.3.4:+1")),
+                  "1.2.3.4:65536", "1.2.3.4:+1", "[::1:80", "::1]:80")),
     ("F32", 'censorship.tls_domain = ""', "tls_domain cannot be empty", []),
     ("F33", 'censorship.mask_unix_sock = ""\ncensorship.mask = false', "mask_unix_sock cannot be empty", []),
     ("F34", f'censorship.mask_unix_sock = "/{"é" * 53}x"', "mask_unix_sock path too long: 108 bytes (max 107)",
@@ -285,7 +286,8 @@ FAILURES = [   # row of config.md 3, text that fails, message, texts that load
         ("a", "entry must use host:port:ip format: 'a'"),
         (" :1:1.2.3.4", "host cannot be empty: ':1:1.2.3.4'"), ("a::1.2.3.4", "port is invalid: 'a::1.2.3.4'"),
         ("a:65536:1.2.3.4", "port is invalid: 'a:65536:1.2.3.4'"), ("a:-1:1.2.3.4", "port is invalid: 'a:-1:1.2.3.4'"),
-        ("a:1:1.2.3", "IP is invalid: '1.2.3'"), ("a:1:", "IP is invalid: ''"), ("a:1:[::g]", "IPv6 override is invalid: '[::g]'"),
+        ("a:1:1.2.3", "IP is invalid: '1.2.3'"), ("a:1:", "IP is invalid: ''"),
+        ("a:1:[::1", "IP is invalid: '[::1'"), ("a:1:[::g]", "IPv6 override is invalid: '[::g]'"),
         ("a:1:[1.2.3.4]", "IPv6 override is invalid: '[1.2.3.4]'"), ("a:1:2001:db8::1", "IPv6 must be bracketed: '2001:db8::1'"))),
 ]
 INVALID = [
@@ -576,7 +578,7 @@ URL = "must be an https URL (plain http only to a loopback host)"
 EXTENSIONS = [
     *((f'general.{key} = "{url}"', f"general.{key} {URL}") for key in ("proxy_secret_url", "proxy_config_v4_url", "proxy_config_v6_url")
       for url in ("", "http://example.org/", "ftp://a/", "https://", "http://localhost@example.org/", "http://127.0.0.1.example.org/",
-                  "https://a b/", "http://[::2]/", "https://a:70000/", "http://[127.0.0.1]/", "//a")),
+                  "https://a b/", "http://[::2]/", "http://10.0.0.1/", "https://a:65536/", "http://[127.0.0.1]/", "//a")),
     *((f'general.{key} = " "', f"general.{key} cannot be empty when provided")
       for key in ("proxy_config_v4_cache_path", "proxy_config_v6_cache_path", "quota_state_path")),
     *((f'server.metrics_listen = "{text}"', "server.metrics_listen must be in IP:PORT format") for text in ("", "9090", "host:9090")),
@@ -599,7 +601,7 @@ def test_extension_refused(text: str, message: str) -> None:
 @pytest.mark.parametrize("text", [
     *(f'general.proxy_secret_url = "{url}"' for url in (
         "https://example.org/x?y=1#z", "HTTPS://a", "http://localhost:8080/", "http://[::1]/x", "http://127.9.9.9",
-        "https://[2001:db8::1]:443/")),
+        "https://[2001:db8::1]:443/", "https://a:65535")),
     *(f"server.api.runtime_edge_cache_ttl_ms = {n}" for n in (0, 60000)), *(f"server.api.runtime_edge_top_n = {n}" for n in (1, 1000)),
     *(f"server.api.runtime_edge_events_capacity = {n}" for n in (16, 4096)), 'server.metrics_listen = "[::1]:9090"',
     'general.quota_state_path = "q.json"', 'general.event_loop = "uvloop"', 'server.api.allowed_hosts = ["h"]'])
@@ -684,7 +686,7 @@ def expand(text: str, **files: str) -> str:
 
 
 @pytest.mark.parametrize("line", ['include = "a"', "include=a", "  include  =  'a'  ", '\tinclude = "a" # why', "include = 'a'# why",
-                                  "include = a # why", 'include = ""a""', "include = a\r"])
+                                  "include = a # why # not", 'include = ""a""', "include = a\r"])
 def test_include_lines(line: str) -> None:
     assert expand(f"x = 1\n{line}\ny = 2", a="z = 3\n") == "x = 1\nz = 3\n\ny = 2"
 

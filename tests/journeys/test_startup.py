@@ -254,7 +254,12 @@ SECRETS = {"zoe": "0123456789ABCDEF0123456789abcdef", "adam": "00112233445566778
 
 
 def link_lines(proxy: Proxy) -> list[str]:
-    return [found.group(1) for found in proxy.log(r"Z  INFO telemt::links: (.*)")]
+    """The block of config.md 5.4; the browser's form of the same links stands behind it."""
+    return [found.group(1) for found in proxy.log(r"Z  INFO telemt::links: (?!Web link)(.*)")]
+
+
+def web_links(proxy: Proxy) -> list[str]:
+    return [found.group(1) for found in proxy.log(r"Z  INFO telemt::links: Web link of \S+ \(\S+\): https://t\.me/proxy(\?.*)")]
 
 
 def block(host: str, port: int, users: list[str], modes: str, domains: list[str]) -> list[str]:
@@ -288,6 +293,7 @@ def test_link_block(rig: Rig, modes: str, show: Any, users: list[str]) -> None:
     proxy.settle()
     proxy.stop()
     assert link_lines(proxy) == wanted
+    assert web_links(proxy) == [line.partition("tg://proxy")[2] for line in wanted if "tg://proxy" in line]
 
 
 @pytest.mark.parametrize(("links", "listeners", "hosts"), [
