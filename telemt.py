@@ -1501,20 +1501,22 @@ BLOCK_SIZE: Final = 16
 CRYPT_SLACK: Final = 16          # spare bytes a caller keeps behind the output of crypt(); never changed
 LIBCRYPTO_NAMES: Final = ("libcrypto.so.3", "libcrypto.so.1.1", "libcrypto.so",
                           "/opt/lib/libcrypto.so.3", "/opt/lib/libcrypto.so.1.1", "/opt/lib/libcrypto.so")
-_SLICED_MIN: Final = 40          # blocks; a sliced batch costs 280 us however small, a block by tables 7 us
-_SLICED_MIN_CBC: Final = 64      # the same for decryption, where a batch costs 400 us
-_SLICED_MAX: Final = 896         # blocks, a multiple of 8: 4 * 896 bits is the longest int that pymalloc serves (512 bytes)
-_PIECE: Final = _SLICED_MAX * 16
+_SLICED_MIN: Final = 40          # blocks; a sliced batch costs 250-400 us however small, a block by tables 7 us
+_SLICED_MIN_CBC: Final = 64      # the same for decryption, which slices more slowly
+_SLICED_MAX: Final = 896         # blocks, a multiple of 8: an int of 4 * 896 bits is the longest that pymalloc serves (512 bytes)
+_PIECE: Final = _SLICED_MAX * BLOCK_SIZE
 _AHEAD_MAX: Final = 128          # blocks of keystream made ahead of demand: 2 KiB that an idle cipher may hold
-_RAMP_BITS: Final = 10           # low counter bits that may change inside a batch: _SLICED_MAX <= 1 << _RAMP_BITS
+_RAMP_BITS: Final = 10           # low counter bits that change within a batch: _SLICED_MAX <= _RAMP_SIZE
 _RAMP_SIZE: Final = 1 << _RAMP_BITS
 _COUNTERS: Final = 1 << 128
 _LOW_BITS: Final = int.from_bytes(b"\1" * 32, "big")
-_AFFINE: Final = 0x63            # constant of the S-box; also of MixColumns' fixed points, so it may hide in round keys
-_SBOX_NIBBLES: Final = bytes(15 * (_AFFINE >> (7 - j) & 1) for _ in range(4) for j in range(8))
+_AFFINE: Final = 0x63            # constant of the S-box; MixColumns leaves a column of equal bytes alone, so it may move past it
+_AFFINE_SLICES: Final = bytes(15 * (_AFFINE >> 7 - j & 1) for _ in range(4) for j in range(8))      # as sets of columns, see _patterns
 _P25519: Final = 2 ** 255 - 19
 _A25519: Final = 486_662
 _FOUR_WORDS: Final = struct.Struct(">4I")
+_HMAC_INNER: Final = bytes(byte ^ 0x36 for byte in range(256))     # for bytes.translate
+_HMAC_OUTER: Final = bytes(byte ^ 0x5C for byte in range(256))
 
 
 class Region:
@@ -2119,7 +2121,7 @@ def _nibbles_of(block: bytes) -> bytes:
 
 def _slice_keys(schedule: bytes, alone: int) -> bytes:
     """Return the round keys as sets of columns, with the S-box's constant in each but number `alone`, which touches no S-box."""
-    constant = int.from_bytes(_SBOX_NIBBLES, "big")
+    constant = int.from_bytes(_AFFINE_SLICES, "big")
     keys = [int.from_bytes(_nibbles_of(schedule[at:at + 16]), "big") for at in range(0, len(schedule), 16)]
     return b"".join([(key if at == alone else key ^ constant).to_bytes(32, "big") for at, key in enumerate(keys)])
 
@@ -2251,8 +2253,8 @@ def _sliced_unbox(*x: int) -> _Row:
 def _sliced_sbox(x0: int, x1: int, x2: int, x3: int, x4: int, x5: int, x6: int, x7: int) -> _Row:
     """Return the S-box without its constant 0x63, high bit first: 32 AND and 83 XOR.
 
-    Names and gates are Boyar's and Peralta's.  A gate used once stands inside its user and short-lived ones share a name: the
-    interpreter frees the integer at once, so it is still in the cache for the next one (15-30 % faster at 512 blocks and more).
+    Names and gates are Boyar's and Peralta's; & binds before ^.  A gate used once stands inside its user and short-lived ones
+    share a name: the interpreter frees the integer at once, and its memory is still in the cache for the next (15-30 % faster).
     """
     y14 = x3 ^ x5; y13 = x0 ^ x6; y9 = x0 ^ x3; y8 = x0 ^ x5; t0 = x1 ^ x2; y1 = t0 ^ x7; y4 = y1 ^ x3; y12 = y13 ^ y14
     y2 = y1 ^ x0; y5 = y1 ^ x6; y3 = y5 ^ y8; t1 = x4 ^ y12; y15 = t1 ^ x5; y20 = t1 ^ x1; y6 = y15 ^ x7; y10 = y15 ^ t0
@@ -2317,10 +2319,6 @@ class KeyedHmac:
             inner.update(part)
         outer.update(inner.digest())
         return outer.digest()
-
-
-_HMAC_INNER: Final = bytes(byte ^ 0x36 for byte in range(256))
-_HMAC_OUTER: Final = bytes(byte ^ 0x5C for byte in range(256))
 
 
 # == 4. buffer ===============================================================
@@ -3373,13 +3371,15 @@ class Loop:
         try:
             callback(*args)
         except Exception as error:
-            log_loop.error("Internal error in %s: %r\n%s", getattr(callback, "__qualname__", callback), error,
-                           "".join(traceback.format_exception(error)).rstrip())
-            victim = getattr(getattr(callback, "__self__", None), "on_crash", None)
-            if victim is None and args:
-                victim = getattr(args[0], "on_crash", None)
-            if victim is not None:
-                self.defer(victim)
+            log_loop.error("Internal error in %s: %r", getattr(callback, "__qualname__", callback), error)
+            for line in "".join(traceback.format_exception(error)).splitlines():
+                log_loop.error("  %s", line)   # a record is a line
+            # At once, not deferred: another event of this batch must not go on with a half-done step.
+            for owner in (getattr(callback, "__self__", None), *args):
+                victim = getattr(owner, "on_crash", None)
+                if victim is not None and victim != callback:
+                    self.call(victim)
+                    return
 
     def _run_due(self, now: float) -> None:
         for lane in self._lanes:
@@ -4111,14 +4111,10 @@ def decide_families(network: Network, detected_v4: str | None, detected_v6: str 
 
 def parse_target(text: str) -> Target:
     """Return (ip, port) of `ip:port` or `[ip6]:port`; ValueError for anything else."""
-    host, _, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        ip = str(ipaddress.IPv6Address(host[1:-1]))
-    else:
-        ip = str(ipaddress.IPv4Address(host))
-    if not (port.isascii() and port.isdigit()) or int(port) > 65_535:
-        raise ValueError(f"invalid port: {port!r}")
-    return ip, int(port)
+    found = parse_ip_port(text)
+    if found is None:
+        raise ValueError(f"not an IP:PORT: {text!r}")
+    return str(found[0]), found[1]
 
 
 class DcDirectory:
@@ -5316,6 +5312,7 @@ _RUST_LEVELS: Final = {"off": Level.ERROR + 1, "error": Level.ERROR, "warn": Lev
                        "debug": Level.DEBUG, "trace": Level.TRACE}
 _COLORS: Final = {Level.TRACE: "\x1b[35m", Level.DEBUG: "\x1b[34m", Level.INFO: "\x1b[32m", Level.WARN: "\x1b[33m",
                   Level.ERROR: "\x1b[31m"}
+_TEXT_SPACE: Final = "\t"                       # the DC table of upstream-and-relay.md 12 has tabs
 _FDS_WANTED: Final = 4096
 _DEFAULT_CONFIG: Final = """\
 # Written by telemt.py on its first start.  More keys: the sample config.toml of the project.
@@ -5427,6 +5424,8 @@ class LogSink:
         name = f"{level.name:>5}"
         if self._colors:
             name = f"{_COLORS[level]}{name}\x1b[0m"
+        if not text.isprintable():             # a user name may hold anything: it must not forge a record or steer a terminal
+            text = "".join(char if char.isprintable() or char in _TEXT_SPACE else ascii(char)[1:-1] for char in text)
         try:
             self._out.write(f"{self._prefix}.{int((now - second) * 1e6):06d}Z {name} {target}: {text}\n")
             self._out.flush()

@@ -54,6 +54,12 @@ def test_log_layout(capsys, monkeypatch):
     assert "\x1b[33m WARN\x1b[0m telemt::cli: x" in coloured
 
 
+def test_a_record_is_one_line_whatever_a_name_holds(capsys):
+    LogSink(False)(Level.INFO, "telemt::links", "User: a\nFAKE \x1b[31m\u2028 ж → \ttab")
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.endswith("User: a\\nFAKE \\x1b[31m\\u2028 ж → \ttab\n")
+
+
 def test_a_closed_stdout_does_not_end_the_proxy(monkeypatch):
     class Gone:
         def write(self, _):

@@ -122,6 +122,33 @@ def test_an_exception_costs_its_owner_only(loop, monkeypatch):
     two.close()
 
 
+def test_a_crash_takes_effect_before_the_next_event_of_the_batch(loop):
+    """Found by a journey: the other socket of a crashed session went on in the same turn."""
+    victim, order = Victim(), []
+    pairs = [socket.socketpair(), socket.socketpair()]
+    loop.watch(pairs[0][0].fileno(), READ, victim.on_ready)
+    loop.watch(pairs[1][0].fileno(), READ, lambda _: order.append(victim.crashed))
+    for _, far in pairs:
+        far.send(b"x")
+    loop.turn()
+    assert order == [1]
+    for near, far in pairs:
+        loop.drop(near, READ)
+        far.close()
+    loop.turn()
+
+
+def test_a_crash_of_the_crash_handler_is_the_end_of_it(loop):
+    class Worse:
+        def on_crash(self):
+            raise ZeroDivisionError("planted")
+
+        def on_ready(self, *_):
+            raise ZeroDivisionError("planted")
+
+    loop.call(Worse().on_ready, 1)
+
+
 def test_an_exception_in_a_lane_costs_the_key(loop):
     victim = Victim()
     loop.lane(1.0, Victim.on_ready).arm(victim)
