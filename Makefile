@@ -22,11 +22,11 @@ SHELL   := /bin/sh
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run venv test check lint types house fuzz laws test-all clean
+.PHONY: help run venv test check lint types house fuzz laws bench bench-check test-all clean
 
 help: ## list the targets
 	@while IFS= read -r line; do \
-		case "$$line" in [a-z]*:*'## '*) printf '  make %-9s %s\n' "$${line%%:*}" "$${line##*## }";; esac; \
+		case "$$line" in [a-z]*:*'## '*) printf '  make %-11s %s\n' "$${line%%:*}" "$${line##*## }";; esac; \
 	done < Makefile
 
 run: ## start the proxy with CONFIG=config.toml; installs nothing
@@ -60,6 +60,12 @@ house: ## compare the section map with the code, and the other rules of the hous
 
 fuzz: $(STAMP) ## mutate the input of every parser, RUNS=100000 times each; ARGS='--target NAME'
 	"$(PY)" tools/fuzz.py --runs $(RUNS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+bench: $(STAMP) ## measure against bare loops and write docs/performance.md; QUICK=1 ends in two minutes and writes nothing
+	"$(PY)" tools/bench.py $(if $(QUICK),--quick,--write) $(ARGS)
+
+bench-check: $(STAMP) ## exit 1 where a ratio is worse than the committed table by a quarter, twice in a row
+	"$(PY)" tools/bench.py --check $(ARGS)
 
 laws: $(STAMP) ## property tests with the big hypothesis profile
 	HYPOTHESIS_PROFILE=big "$(PY)" -m pytest -n $(JOBS) tests/laws $(ARGS)

@@ -38,11 +38,48 @@ is direct, and `general.use_middle_proxy = true` is answered with a warning at s
 """
 from __future__ import annotations
 
+import os
 import sys
 
 if sys.version_info < (3, 11):
     sys.stderr.write("telemt.py needs Python 3.11 or newer\n")
     sys.exit(1)
+
+
+def _start_afresh() -> None:
+    """Continue in a new image of the interpreter that gets this file compiled, so the compiler's memory is gone.
+
+    Compiling 5,800 lines leaves 12 MB of heap that malloc does not give back: more than half of what the running proxy
+    needs.  Python runs compiled code from any file, so it goes into a nameless one in memory; `-X telemt=` carries the name,
+    for us and for `ps`.  Same process, same arguments.  Where anything is unusual, or fails, nothing happens.
+    """
+    at = len(sys.orig_argv) - len(sys.argv)
+    script = sys.argv[0]
+    if script.startswith("/proc/self/fd/") and "telemt" in sys._xoptions:
+        os.close(int(script.rpartition("/")[2]))
+        if sys.path[0] == "/proc/self/fd":
+            sys.path[0] = os.path.dirname(os.path.abspath(str(sys._xoptions["telemt"])))
+        return
+    flags = sys.orig_argv[1:at]
+    if at < 1 or sys.orig_argv[at] != script or {"-c", "-m", "-i"} & set(flags) or not hasattr(os, "memfd_create") or not sys.executable:
+        return
+    import marshal
+    try:
+        fd = os.memfd_create("telemt", 0)
+        with open(fd, "wb", closefd=False) as file:
+            magic: bytes = sys.modules["_frozen_importlib_external"].MAGIC_NUMBER
+            file.write(magic + bytes(12) + marshal.dumps(sys._getframe(1).f_code))
+        os.execv(sys.executable, [sys.orig_argv[0], *flags, "-X", f"telemt={script}", f"/proc/self/fd/{fd}", *sys.argv[1:]])
+    except (OSError, ValueError):
+        pass
+
+
+if __name__ == "__main__":
+    _start_afresh()
+
+# OpenSSL's hashes would load a libcrypto of 3.5 MB beside the one that `cryptography` brings.  The built-in SHA-256 costs
+# 1.3 us more per ClientHello and user tried.
+sys.modules.setdefault("_hashlib", None)  # type: ignore[arg-type]
 
 import bisect
 import collections
@@ -58,11 +95,9 @@ import heapq
 import hmac
 import importlib
 import ipaddress
+import itertools
 import math
 import mmap
-import os
-import queue
-import random
 import re
 import resource
 import select
@@ -70,11 +105,8 @@ import selectors
 import signal
 import socket
 import struct
-import subprocess
-import threading
 import time
 import tomllib
-import traceback
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
@@ -1475,7 +1507,7 @@ def parse_settings(document: dict[str, Any], draws: Draws) -> Loaded:
 # the vectors of NIST SP 800-38A (platform.md 3).  Measured with CTR, 3.11, per
 # call of 128 bytes, in bulk, and memory of an idle cipher: `cryptography` 0.26 us
 # (its version 38: 1.0), 8 GB/s, 1.1 KB; libcrypto through ctypes 0.4 us, 8 GB/s,
-# 0.5 KB; pycryptodome 2.5 us, 4 GB/s, 1.6 KB; pure Python 20 us, 25 MB/s, 0.4 KB.
+# 0.7 KB; pycryptodome 2.5 us, 4 GB/s, 1.8 KB; pure Python 20 us, 25 MB/s, 0.4-3 KB.
 #
 # The pure-Python AES is two programs.  A few blocks go one by one through the
 # usual tables (7 us each); from _SLICED_MIN blocks on, AES is bit-sliced on
@@ -1653,7 +1685,7 @@ class _CryptographyCipher:
 
 
 class CryptographyBackend(Backend):
-    """The `cryptography` package, 38 or newer.  Loading it costs 6-8 MB of memory."""
+    """The `cryptography` package, 38 or newer.  Loading it costs 7-8 MB of memory."""
 
     name = "cryptography"
 
@@ -1795,7 +1827,7 @@ class _EvpCipher:
 
 
 class LibcryptoBackend(Backend):
-    """OpenSSL's libcrypto through ctypes: 0.4 MB where hashlib has loaded libcrypto already, else 5 MB."""
+    """OpenSSL's libcrypto through ctypes: 0.5 MB where hashlib has loaded libcrypto already, else 5 MB."""
 
     name = "libcrypto"
 
@@ -2281,7 +2313,7 @@ _BACKENDS: Final[Mapping[str, type[Backend]]] = {
 # -- keys and signatures
 
 def make_x25519_public(entropy: Entropy) -> bytes:
-    """Return 32 bytes that are a public key of X25519 (RFC 7748) to whoever looks; 0.3 ms.
+    """Return 32 bytes that are a public key of X25519 (RFC 7748) to whoever looks; 0.2 ms.
 
     x of a random point of Curve25519 (not of its twist), three times doubled, so that it lies in the subgroup of prime order
     as every public key does (client-protocol.md D13).  One draw of entropy; a candidate that fails is hashed into the next.
@@ -3204,6 +3236,11 @@ class Timer:
         return self.at < other.at
 
 
+def draw_fraction() -> float:
+    """Return an unpredictable number in [0, 1): jitter and weighted choice need no more than this of `random`."""
+    return int.from_bytes(os.urandom(6), "big") / (1 << 48)
+
+
 _Key = TypeVar("_Key", bound=Hashable)
 
 
@@ -3259,7 +3296,7 @@ class Loop:
         self._idle_jobs: collections.deque[Callable[[], bool]] = collections.deque()
         self._stopped = False
         self._mail: collections.deque[Callable[[], None]] = collections.deque()
-        self._workers = WorkerPool(self.call_from_thread)
+        self._workers: WorkerPool | None = None
         self._bell, self._ringer = socket.socketpair()
         self._bell.setblocking(False)
         self._ringer.setblocking(False)
@@ -3313,6 +3350,8 @@ class Loop:
 
     def offload(self, work: Callable[[], _T], done: Callable[[_T | Exception], None]) -> None:
         """Run `work` in a helper thread, then done(result or exception) on the loop thread."""
+        if self._workers is None:
+            self._workers = WorkerPool(self.call_from_thread)
         self._workers.submit(work, done)
 
     def on_signal(self, signum: int, callback: Callable[[], None]) -> None:
@@ -3371,6 +3410,7 @@ class Loop:
         try:
             callback(*args)
         except Exception as error:
+            import traceback  # a quarter of a megabyte that a healthy process never needs
             log_loop.error("Internal error in %s: %r", getattr(callback, "__qualname__", callback), error)
             for line in "".join(traceback.format_exception(error)).splitlines():
                 log_loop.error("  %s", line)   # a record is a line
@@ -3406,8 +3446,12 @@ class WorkerPool:
     """At most four daemon threads for calls that block; idle ones end after half a minute."""
 
     def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
+        import queue  # with threading a third of a megabyte: only where something blocks
+        import threading
         self._post = post
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._empty = queue.Empty
+        self._start = threading.Thread
         self._lock = threading.Lock()
         self._threads = 0
         self._free = 0
@@ -3425,7 +3469,7 @@ class WorkerPool:
         with self._lock:
             if self._free == 0 and self._threads < _WORKERS:
                 self._threads += 1
-                threading.Thread(target=self._run, name="telemt-worker", daemon=True).start()
+                self._start(target=self._run, name="telemt-worker", daemon=True).start()
 
     def _run(self) -> None:
         while True:
@@ -3433,7 +3477,7 @@ class WorkerPool:
                 self._free += 1
             try:
                 task = self._tasks.get(timeout=_WORKER_IDLE_S)
-            except queue.Empty:
+            except self._empty:
                 with self._lock:
                     self._free -= 1
                     if self._tasks.empty():
@@ -3486,6 +3530,11 @@ class Pipe(NamedTuple):
     write_fd: int
 
 
+def _pages(size: int) -> mmap.mmap:
+    """Private anonymous memory.  mmap's default is shared, which the kernel backs with small shmem pages."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 class Arena:
     """Memory that every flow shares, made once: raw input, output, prepared records, pipes.
 
@@ -3493,19 +3542,29 @@ class Arena:
     """
 
     def __init__(self, backend: Backend, paths: Container[str] = ()) -> None:
-        self.input = backend.region(mmap.mmap(-1, _ARENA_SIZE))
-        self.output = backend.region(mmap.mmap(-1, _ARENA_SIZE))
-        records = mmap.mmap(-1, _ARENA_SIZE)
-        self.records = backend.region(records)            # record headers stand in it for good
+        self.input = backend.region(_pages(_ARENA_SIZE))
+        self.output = backend.region(_pages(_ARENA_SIZE))
+        self.records = backend.region(_pages(_ARENA_SIZE))          # record headers stand in it for good
         self.first = self.records.view[RECORD_HEADER:_STRIDE]
-        for at in range(0, _WRAP_RECORDS[-1] * _STRIDE, _STRIDE):
-            records[at:at + RECORD_HEADER] = RECORD_HEAD + _LENGTH.pack(RECORD_OUT_MAX)
-        payloads = [self.records.view[at + RECORD_HEADER:at + _STRIDE] for at in range(0, _WRAP_RECORDS[-1] * _STRIDE, _STRIDE)]
-        self.scatter = {count: payloads[:count] for count in _WRAP_RECORDS}
+        self._payloads: list[memoryview] = []
+        self._scatter: dict[int, list[memoryview]] = {}
         self.can_scatter = hasattr(socket.socket, "recvmsg_into") and "no-scatter" not in paths
         self.can_splice = hasattr(os, "splice") and "no-splice" not in paths
         self._pipes: list[Pipe] = []
         self._pipes_made = 0
+
+    def scatter(self, count: int) -> list[memoryview]:
+        """Return the payload places of the first `count` records; their headers are written when first asked for.
+
+        Not at start: 128 headers touch a megabyte of pages that a proxy without bulk never needs.
+        """
+        views = self._scatter.get(count)
+        if views is None:
+            for at in range(len(self._payloads) * _STRIDE, count * _STRIDE, _STRIDE):
+                self.records.view[at:at + RECORD_HEADER] = RECORD_HEAD + _LENGTH.pack(RECORD_OUT_MAX)
+                self._payloads.append(self.records.view[at + RECORD_HEADER:at + _STRIDE])
+            views = self._scatter[count] = self._payloads[:count]
+        return views
 
     def take_pipe(self) -> Pipe | None:
         """Return an empty pipe of 1 MiB, or None when there are enough or the system has none left."""
@@ -3535,12 +3594,13 @@ class Arena:
 class Stream:
     """One connected socket.  Owner: whoever last called watch()."""
 
-    __slots__ = ("loop", "sock", "fd", "mask", "recv_into", "send_some")
+    __slots__ = ("loop", "sock", "fd", "mask", "recv_into", "recvmsg_into", "send_some")
 
     def __init__(self, loop: Loop, sock: socket.socket) -> None:
         self.loop, self.sock, self.fd = loop, sock, sock.fileno()
         self.mask = 0
         self.recv_into = sock.recv_into        # bound once: a flow calls them for every chunk
+        self.recvmsg_into = sock.recvmsg_into
         self.send_some = sock.send
 
     def watch(self, mask: int, handler: Handler) -> None:
@@ -3778,13 +3838,14 @@ class WrapFlow(Flow):
         count = _WRAP_RECORDS[self.level]
         quantum = count * RECORD_OUT_MAX
         try:
+            views = self.arena.scatter(count)
             if self.passes or (count > 1 and not self.arena.can_scatter):
                 size = self.source.recv_into(self.arena.input.view, quantum)
                 self._place(size)
             elif count == 1:
                 size = self.source.recv_into(self.arena.first)
             else:
-                size = self.source.sock.recvmsg_into(self.arena.scatter[count])[0]
+                size = self.source.recvmsg_into(views)[0]
         except BlockingIOError:
             return AGAIN
         if size == 0:
@@ -4243,7 +4304,10 @@ class Upstreams:
                 log_upstreams.warn("No upstreams available! Using first (direct?)", scope=scope)
             raise RouteError("Config error: No upstreams available", hard=True)
         weights = [route.entry.weight for route in admitted]
-        return random.choices(admitted, weights if any(weights) else None)[0]
+        if not any(weights):
+            weights = [1] * len(weights)
+        bounds = list(itertools.accumulate(weights))
+        return admitted[bisect.bisect_right(bounds, draw_fraction() * bounds[-1])]
 
     def connect_dc(self, dc: int, settings: Settings, scope: str, done: Callable[[Stream | RouteError], None]) -> Cycle:
         """Start one cycle towards `dc`; done(stream or RouteError) is called once, never before this returns."""
@@ -4311,7 +4375,7 @@ class Cycle:
             self._end_cycle(result)
             return
         backoff = general.upstream_connect_retry_backoff_ms
-        pause_ms = backoff + random.randint(0, max(1, backoff // 2)) if backoff else 0
+        pause_ms = backoff + int(draw_fraction() * (max(1, backoff // 2) + 1)) if backoff else 0
         self._timer = self._up.loop.call_later(pause_ms / 1000, self._try_next)
 
     def _end_cycle(self, result: Stream | RouteError) -> None:
@@ -4590,8 +4654,7 @@ class Fronts:
         self._shapes = {domain.lower(): FrontShape(self._size(cert, entropy)) for domain in (cert.tls_domain, *cert.tls_domains)}
         self._make_key, self._when_idle = make_key, when_idle
         self._keys: list[bytes] = []
-        self._filling = False
-        self._fill()
+        self._filling = False                  # starts with the first client: a stock nobody asks for costs memory
 
     @staticmethod
     def _size(cert: Censorship, entropy: Entropy) -> int:
@@ -4746,7 +4809,7 @@ class ClientSession:
             self._answer(flight)
             return
         self.stream.want(0)                    # a client says nothing before our flight
-        self.timer = self.core.loop.call_later(random.uniform(low, max(low, high)) / 1000, functools.partial(self._answer, flight))
+        self.timer = self.core.loop.call_later((low + draw_fraction() * max(0, high - low)) / 1000, functools.partial(self._answer, flight))
 
     def _answer(self, flight: bytes) -> None:
         if self.state is not S.DELAY:
@@ -5395,7 +5458,7 @@ def load_config(path: str) -> Loaded:
     return parse_settings(parse_document(text), _draws)
 
 
-_draws: Final = Draws(lambda: random.SystemRandom().randint(1024, 4095))
+_draws: Final = Draws(lambda: 1024 + int(draw_fraction() * 3072))
 
 
 def write_default_config(path: str) -> None:
@@ -5485,6 +5548,7 @@ def arm_signals(loop: Loop, stop: Callable[[], None]) -> None:
     def on_stop() -> None:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_DFL)
+        import threading
         watchdog = threading.Timer(_STOP_LIMIT_S, os._exit, (0,))
         watchdog.daemon = True
         watchdog.start()
@@ -5816,7 +5880,8 @@ def init(words: Sequence[str]) -> int:
 
 def install_unit(request: InitRequest, path: str) -> None:
     """Write the systemd unit and start it; what fails is printed, and nothing of it is fatal."""
-    unit = _INIT_UNIT.format(python=sys.executable, script=os.path.abspath(__file__), config=path, config_dir=request.config_dir)
+    script = os.path.abspath(main.__code__.co_filename)
+    unit = _INIT_UNIT.format(python=sys.executable, script=script, config=path, config_dir=request.config_dir)
     try:
         with open(_UNIT_PATH, "w", encoding="utf-8") as file:
             file.write(unit)
@@ -5834,6 +5899,7 @@ def install_unit(request: InitRequest, path: str) -> None:
 
 def run_systemctl(words: list[str]) -> None:
     """Run one systemctl step and say how it went."""
+    import subprocess  # half a megabyte for a subcommand
     try:
         result = subprocess.run(["systemctl", *words], capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.SubprocessError) as error:

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -40,7 +40,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 _T = TypeVar("_T")
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = ROOT / "telemt.py"
+PROGRAM = Path(os.environ.get("TELEMT_PROGRAM") or ROOT / "telemt.py")      # another build or an older copy may be tried
 
 MIB = 1 << 20
 USERS = {"alice": "000102030405060708090a0b0c0d0e0f", "bob": "f0e1d2c3b4a5968778695a4b3c2d1e0f"}
@@ -65,13 +65,26 @@ def poll(probe: Callable[[], _T], what: str, timeout: float = 5.0) -> _T:
     return value
 
 
+_HELD: deque[socket.socket] = deque()
+
+
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody holds, below the range from which the kernel takes ports of outgoing connections."""
+    """A port that nobody else gets: below the range of outgoing connections, and held by a socket that only binds.
+
+    Linux lets a second socket bind and listen beside it, as both have SO_REUSEADDR; the next `free_port` of any process has not.
+    """
     while True:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            with contextlib.suppress(OSError):
-                probe.bind((host, random.SystemRandom().randrange(10_000, 32_000)))
-                return int(probe.getsockname()[1])
+        holder = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        try:
+            holder.bind((host, random.SystemRandom().randrange(10_000, 32_000)))
+        except OSError:
+            holder.close()
+            continue
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _HELD.append(holder)
+        if len(_HELD) > 40:
+            _HELD.popleft().close()
+        return int(holder.getsockname()[1])
 
 
 # -- bytes -------------------------------------------------------------------------------------------------------------------------

@@ -211,10 +211,8 @@ def test_port_in_use(tmp_path: Path) -> None:
 
 
 def test_one_listener_of_two_is_enough(rig: Rig) -> None:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.2", 0))
-        holder.listen()
-        port = holder.getsockname()[1]
+    port = free_port()
+    with socket.create_server(("127.0.0.2", port)):
         proxy = rig.proxy({"server": {"listeners": [{"ip": "127.0.0.2"}, {"ip": "127.0.0.1"}]}}, port=port)
         rig.client().req_pq()
         proxy.wait_log("ERROR .*Failed to bind: address already in use")

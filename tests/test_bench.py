@@ -1,0 +1,107 @@
+"""tools/bench: its arithmetic, its documents and its guard (the measuring itself is `make bench`, never a test)."""
+import json
+
+import pytest
+
+import bench_report
+from bench_report import FIGURES, between, dig, figure_table, ratios, spread, table, verdict, worse
+
+BACKENDS = ("cryptography", "libcrypto")
+
+
+def row(ratio, target=1.3, other=None):
+    return {"unit": "s/GB", "target": target, "reference": "scatter", "bare": 0.2, "cryptography": {"cost": ratio * 0.2, "ratio": ratio},
+            "libcrypto": {"cost": 0.2, "ratio": other or ratio}}
+
+
+def test_ratios_are_taken_round_by_round():
+    assert ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
+    with pytest.raises(ValueError, match="one reference"):
+        ratios([1.0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize(("value", "target", "text"), [
+    (1.2, 1.3, "1.20"), (1.3, 1.3, "1.30"), (1.31, 1.3, "**1.31 (missed)**"), (9.0, 0, "9.00"),
+])
+def test_verdict(value, target, text):
+    assert verdict(value, target) == text
+
+
+def test_table_shows_cost_ratio_target_and_reference():
+    lines = table({"FakeTLS download": row(1.5, other=1.1), "slow path": row(2.0, target=0)}, BACKENDS).splitlines()
+    assert lines[2] == "| FakeTLS download | <= 1.3x scatter | 0.3 s/GB, **1.50 (missed)**x | 0.2 s/GB, 1.10x | scatter 0.2 s/GB |"
+    assert lines[3].startswith("| slow path | - | 0.4 s/GB, 2.00x |")
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def figures(value):
+    found = {}
+    for _, _, path, _, _ in FIGURES:
+        inner = found
+        for step in path[:-1]:
+            inner = inner.setdefault(step, {})
+        inner[path[-1]] = value
+    return found
+
+
+def test_figures_are_marked_where_they_miss_their_limit():
+    lines = figure_table({"cryptography": figures(20.0), "libcrypto": figures(0.1)}, BACKENDS).splitlines()
+    memory = next(line for line in lines if line.startswith("| base memory"))
+    assert memory == "| base memory | <= 22 MB, libcrypto 17 | 20.0 MB | 0.1 MB |"
+    assert "(missed)" in next(line for line in lines if line.startswith("| start to listening"))
+    assert len(lines) == len(FIGURES) + 2
+
+
+def test_dig():
+    assert dig({"a": {"b": 3}}, ("a", "b")) == 3.0
+
+
+def test_between_replaces_only_what_stands_between_the_markers():
+    text = "head\n<!-- rows -->\nold\n<!-- /rows -->\ntail"
+    assert between(text, "rows", "new") == "head\n<!-- rows -->\nnew\n<!-- /rows -->\ntail"
+    with pytest.raises(ValueError, match="once each"):
+        between("no markers", "rows", "new")
+
+
+def test_spread():
+    assert spread([1.0, 1.2, 1.1]) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("now", "before", "found"), [
+    (1.25, 1.0, []), (1.26, 1.0, ["x (cryptography): 1.00 -> 1.26", "x (libcrypto): 1.00 -> 1.26"]), (0.5, 1.0, []),
+])
+def test_worse_by_more_than_a_quarter(now, before, found):
+    assert worse({"x": row(now)}, {"x": row(before)}, BACKENDS) == found
+
+
+def test_a_row_that_is_new_is_not_worse():
+    assert worse({"x": row(9.0)}, {}, BACKENDS) == []
+
+
+@pytest.mark.parametrize(("runs", "code"), [([1.0], 0), ([2.0, 1.0], 0), ([2.0, 2.0], 1)])
+def test_guard_trips_only_twice_in_a_row(tmp_path, capsys, runs, code):
+    committed = tmp_path / "performance.json"
+    committed.write_text(json.dumps({"rows": {"x": row(1.0)}}))
+    todo = iter(runs)
+    assert bench_report.check(lambda: {"x": row(next(todo))}, committed, BACKENDS) == code
+    assert ("WORSE x" in capsys.readouterr().out) is bool(code)
+
+
+def test_two_different_rows_are_no_confirmation(tmp_path):
+    committed = tmp_path / "performance.json"
+    committed.write_text(json.dumps({"rows": {"x": row(1.0), "y": row(1.0)}}))
+    todo = iter([{"x": row(2.0), "y": row(1.0)}, {"x": row(1.0), "y": row(2.0)}])
+    assert bench_report.check(lambda: next(todo), committed, BACKENDS) == 0
+
+
+def test_write_fills_the_document(tmp_path):
+    page = tmp_path / "performance.md"
+    page.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("machine", "rows", "figures", "scaling")))
+    found = {"rows": {"x": row(1.0)}, "machine": {"kernel": "Linux"}, "rounds": 5,
+             "figures": {"compile_ms": 99.0, "pure_python_mb_per_s": 20.0, **{backend: figures(0.0) for backend in BACKENDS}},
+             "scaling": {"sessions": [1.0, 10.0], "s_per_gb": [0.3, 0.3], "us_per_trip": [30.0, 33.0]}}
+    bench_report.write(found, tmp_path, BACKENDS)
+    text = page.read_text()
+    assert "- kernel: Linux" in text and "| x |" in text and "20.0 MB/s" in text and "10% per event" in text
+    assert json.loads((tmp_path / "performance.json").read_text())["rounds"] == 5
+    assert (tmp_path / "images" / "scaling.svg").read_text().lstrip().startswith("<?xml")

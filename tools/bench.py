@@ -1,0 +1,518 @@
+"""What a byte, an event, a handshake and an idle session cost, as ratios to bare loops that do the same system calls.
+
+usage: bench.py [--quick] [--rounds N] [--only WORD] [--write] [--check] [--profile]
+
+The proxy, the reference loops and the data centre are processes of their own; the load comes from this one.  CPU seconds are read
+from /proc (all threads, user + system).  Every round runs each work through the proxy of each backend and then through its reference,
+so that whatever else the machine does hits all of them; the figure of a row is the median of the rounds' ratios.
+
+--write    docs/performance.json, the tables of docs/performance.md and docs/images/scaling.svg
+--check    compare with docs/performance.json: exit 1 where a ratio is worse by more than a quarter twice in a row
+--profile  a flame graph of the FakeTLS download beside docs/performance.md (py-spy)
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import bench_peers as peers
+import bench_report
+from bench_peers import connect, discard, ping_pong, record
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ROOT / "tools"
+SECRET = bytes(range(1, 17))
+MIB = 1 << 20
+FDS = 40_000
+SCALES = (1, 10, 100, 1000, 5000)
+BACKENDS = ("cryptography", "libcrypto")
+
+
+# -- processes
+
+
+class Worker:
+    """A subprocess whose CPU time and memory we read."""
+
+    def __init__(self, args: list[str], env: dict[str, str] | None = None, output: Any = subprocess.PIPE) -> None:
+        self.process = subprocess.Popen(args, stdout=output, stderr=subprocess.DEVNULL, text=True, env={**os.environ, **(env or {})})
+        self.proc = Path(f"/proc/{self.process.pid}")
+
+    def line(self) -> str:
+        """The next line it prints."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def cpu_s(self) -> float:
+        """CPU seconds of all its threads, user and system (nanosecond resolution)."""
+        total = 0
+        for task in (self.proc / "task").iterdir():
+            with contextlib.suppress(OSError):
+                total += int((task / "schedstat").read_text().split()[0])
+        return total / 1e9
+
+    def status(self, field: str) -> int:
+        """A number of /proc/PID/status: VmRSS in KB, voluntary_ctxt_switches."""
+        for line in (self.proc / "status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1])
+        raise KeyError(field)
+
+    def stop(self) -> None:
+        """End it."""
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+def raise_fds() -> None:
+    """Allow ten thousand sessions, two descriptors each, here and in every process started from here."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(FDS, hard), max(FDS, hard)))
+        return
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class Proxy(Worker):
+    """telemt.py as a subprocess, every DC number of the bench pointing at the data-centre double."""
+
+    def __init__(self, folder: Path, dc_port: int, backend: str, *, users: int = 1, fast: bool = True) -> None:
+        numbers = [*range(peers.SOURCE, peers.SILENT + 1), *(peers.SHARE + count for count in sorted({64, *SCALES}))]
+        lines = ["[general]", f"fast_mode = {str(fast).lower()}", "use_middle_proxy = false", "[general.modes]", "classic = true",
+                 "secure = true", "tls = true", "[general.links]", "show = []", "[network]", "ipv6 = false", "[server]", "port = 0",
+                 "[[server.listeners]]", 'ip = "127.0.0.1"', "[access]", "replay_check_len = 200000", "[dc_overrides]"]
+        lines += [f'"{number}" = "127.0.0.1:{dc_port}"' for number in numbers]
+        lines += ["[access.users]", *(f'filler{n} = "{n + 2:032x}"' for n in range(users - 1)), f'bench = "{SECRET.hex()}"']
+        path = folder / f"{backend}-{users}-{fast}.toml"
+        path.write_text("\n".join(lines) + "\n")
+        begin = time.perf_counter()
+        super().__init__([sys.executable, str(ROOT / "telemt.py"), str(path)], {"TELEMT_CRYPTO": backend})
+        self.port, self.banner = 0, ""
+        while line := self.line():
+            self.banner = self.banner or line.strip()
+            if "Listening on " in line:
+                self.port = int(line.rpartition(":")[2])
+                break
+        self.ready_s = time.perf_counter() - begin
+        assert self.port, "the proxy did not start"
+        threading.Thread(target=self._swallow, daemon=True).start()
+
+    def _swallow(self) -> None:
+        while self.line():
+            pass
+
+
+class Rig:
+    """Everything that runs during a bench."""
+
+    def __init__(self, bulk: int) -> None:
+        self.bulk = bulk
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = Path(self.folder.name)
+        self.scrap = bytearray(MIB)
+        self.dc = Worker([sys.executable, str(TOOLS / "bench_peers.py"), "dc", str(bulk)])
+        self.dc_port = int(self.dc.line())
+        self.loops = Worker([sys.executable, str(TOOLS / "bench_loops.py"), str(self.dc_port)])
+        self.ports: dict[str, int] = json.loads(self.loops.line())
+        self.proxies: dict[str, Proxy] = {}
+
+    def proxy(self, backend: str, **more: Any) -> Proxy:
+        """The proxy of that backend and shape, started at its first use."""
+        name = f"{backend} {more}"
+        if name not in self.proxies:
+            self.proxies[name] = Proxy(self.path, self.dc_port, backend, **more)
+        return self.proxies[name]
+
+    def close(self) -> None:
+        """End every process."""
+        for worker in (*self.proxies.values(), self.loops, self.dc):
+            worker.stop()
+        self.folder.cleanup()
+
+
+# -- works: each returns a cost
+
+
+class Job(NamedTuple):
+    """One measured piece of work: a row of the table."""
+
+    name: str
+    unit: str
+    target: float                                  # ratio that must not be passed; 0 = for information
+    cost: Callable[[Rig, Proxy], float]            # of the proxy
+    reference: str                                 # what it is compared with, in words
+    bare: Callable[[Rig], float]                   # cost of the reference
+    fast: bool = True                              # general.fast_mode of the proxy
+
+
+def measured(worker: Worker, work: Callable[[], float]) -> float:
+    """CPU seconds of `worker` per unit of `work`, which returns how many units it did."""
+    before = worker.cpu_s()
+    units = work()
+    time.sleep(0.02)                               # the last close is still being handled
+    return (worker.cpu_s() - before) / units
+
+
+def download(rig: Rig, worker: Worker, port: int, kind: str, dc: int = peers.SOURCE) -> float:
+    """CPU seconds per GB of one download."""
+    def work() -> float:
+        sock = connect(port, kind, SECRET, dc)
+        size = discard(sock, rig.scrap)
+        sock.close()
+        return size / 1e9
+    return measured(worker, work)
+
+
+def uploading(rig: Rig, worker: Worker, port: int, kind: str) -> float:
+    """CPU seconds per GB of one upload."""
+    chunk = peers.records_of(MIB) if kind == "tls" else bytes(MIB)
+
+    def work() -> float:
+        sock = connect(port, kind, SECRET, peers.SINK)
+        times = rig.bulk // MIB
+        peers.upload(sock, chunk, times)
+        sock.close()
+        return times * MIB / 1e9
+    return measured(worker, work)
+
+
+def parallel(rig: Rig, worker: Worker, port: int, kind: str, count: int) -> float:
+    """CPU seconds per GB of `count` downloads side by side, handshakes not counted."""
+    socks = [connect(port, kind, SECRET, peers.SHARE + count) for _ in range(count)]
+    time.sleep(0.1)
+
+    def work() -> float:
+        for sock in socks:
+            sock.sendall(record(b"go") if kind == "tls" else b"go")
+        return peers.drain_all(socks, rig.scrap) / 1e9
+    cost = measured(worker, work)
+    close_all(socks)
+    return cost
+
+
+def echoes(worker: Worker, port: int, kind: str, count: int, rounds: int, on_time: Callable[[float], None] | None = None) -> float:
+    """CPU seconds per 128-byte round trip of `count` sessions."""
+    socks = [connect(port, kind, SECRET, peers.ECHO) for _ in range(count)]
+    message = bytes(128)
+    wire, answer = (record(message), 133) if kind == "tls" else (message, 128)
+    ping_pong(socks, wire, answer, 5)
+
+    def work() -> float:
+        ping_pong(socks, wire, answer, rounds, on_time)
+        return count * rounds
+    cost = measured(worker, work)
+    close_all(socks)
+    return cost
+
+
+def handshakes(worker: Worker, port: int, count: int, sources: Iterator[str] | None = None) -> float:
+    """CPU seconds per FakeTLS handshake up to the first answer; `sources`: a new client IP each time."""
+    hellos = [peers.client_hello(SECRET) for _ in range(count)]
+    openings = [record(peers.preamble(SECRET, peers.HELLO)) for _ in range(count)]
+
+    def work() -> float:
+        for hello, opening in zip(hellos, openings, strict=True):
+            source = (next(sources), 0) if sources is not None else None
+            with socket.create_connection(("127.0.0.1", port), source_address=source) as sock:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                peers.shake_hands(sock, SECRET, hello)
+                sock.sendall(opening)
+                peers.read_exactly(sock, 32)
+        return count
+    return measured(worker, work)
+
+
+def loopback_addresses() -> Iterator[str]:
+    """127.1.0.1, 127.1.0.2 ... : clients that were never here before."""
+    for n in range(1, 1 << 22):
+        yield f"127.{1 + (n >> 16)}.{n >> 8 & 255}.{n & 255}"
+
+
+FRESH = loopback_addresses()
+
+
+def close_all(socks: list[socket.socket]) -> None:
+    """Close every socket."""
+    for sock in socks:
+        sock.close()
+
+
+def jobs(quick: bool) -> list[Job]:
+    """The rows with a bare loop beside them (issue: the cheapest byte)."""
+    trips, greets = (150, 100) if quick else (400, 300)
+
+    def down(kind: str, dc: int = peers.SOURCE) -> Callable[[Rig, Proxy], float]:
+        return lambda rig, proxy: download(rig, proxy, proxy.port, kind, dc)
+
+    def bare(loop: str, dc: int = peers.SOURCE) -> Callable[[Rig], float]:
+        return lambda rig: download(rig, rig.loops, rig.ports[loop], "bare", dc)
+
+    def bare_up(rig: Rig) -> float:
+        return uploading(rig, rig.loops, rig.ports["aes2"], "bare")
+
+    def bare_echo(rig: Rig) -> float:
+        return echoes(rig.loops, rig.ports["echo"], "bare", 32, trips)
+
+    return [
+        Job("FakeTLS download, 1 session", "s/GB", 1.3, down("tls"), "scatter", bare("scatter")),
+        Job("dd download, 1 session", "s/GB", 1.25, down("plain"), "splice", bare("splice")),
+        Job("FakeTLS upload, 1 session", "s/GB", 1.35, lambda rig, proxy: uploading(rig, proxy, proxy.port, "tls"), "aes2", bare_up),
+        Job("dd upload, 1 session", "s/GB", 1.25, lambda rig, proxy: uploading(rig, proxy, proxy.port, "plain"), "aes2", bare_up),
+        Job("128-byte round trip, 32 FakeTLS sessions", "us", 1.5,
+            lambda rig, proxy: 1e6 * echoes(proxy, proxy.port, "tls", 32, trips), "echo", lambda rig: 1e6 * bare_echo(rig)),
+        Job("128-byte round trip, 32 dd sessions", "us", 0,
+            lambda rig, proxy: 1e6 * echoes(proxy, proxy.port, "plain", 32, trips), "echo", lambda rig: 1e6 * bare_echo(rig)),
+        Job("FakeTLS handshake to the first answer, 1 user", "us", 3.0,
+            lambda rig, proxy: 1e6 * handshakes(proxy, proxy.port, greets), "minimum",
+            lambda rig: 1e6 * handshakes(rig.loops, rig.ports["minimum"], greets)),
+        Job("FakeTLS download, fast_mode off", "s/GB", 0, down("tls"), "scatter2", bare("scatter2"), False),
+        Job("dd download, fast_mode off", "s/GB", 0, down("plain"), "copy2", bare("copy2"), False),
+        Job("FakeTLS download in 4 KiB writes", "s/GB", 0, down("tls", peers.DRIP), "scatter", bare("scatter", peers.DRIP)),
+        Job("dd download in 4 KiB writes", "s/GB", 0, down("plain", peers.DRIP), "splice", bare("splice", peers.DRIP)),
+    ]
+
+
+# -- figures without a bare loop
+
+
+def parallel_ratio(rig: Rig, proxy: Proxy) -> tuple[float, float]:
+    """(s/GB of 64 parallel FakeTLS downloads, ratio to the single one)."""
+    many, one = parallel(rig, proxy, proxy.port, "tls", 64), download(rig, proxy, proxy.port, "tls")
+    return many, many / one
+
+
+def user_costs(rig: Rig, backend: str, count: int) -> dict[str, float]:
+    """Handshake with 1,000 users: microseconds per user tried, and the ratio to one user where that IP was seen before."""
+    one, many = rig.proxy(backend), rig.proxy(backend, users=1000)
+    handshakes(many, many.port, 5)
+    single = handshakes(one, one.port, count)
+    seen = handshakes(many, many.port, count)
+    fresh = handshakes(many, many.port, count // 3, FRESH)
+    return {"per_user_us": 1e6 * (fresh - single) / 999, "seen_ratio": seen / single}
+
+
+def idle_costs(rig: Rig, backend: str, count: int) -> dict[str, float]:
+    """Memory and wake-ups of `count` idle FakeTLS sessions in a fresh process."""
+    proxy = Proxy(rig.path, rig.dc_port, backend)
+    try:
+        time.sleep(0.5)
+        base = proxy.status("VmRSS")
+        socks = [connect(proxy.port, "tls", SECRET, peers.SILENT) for _ in range(count)]
+        time.sleep(1.0)
+        full = proxy.status("VmRSS")
+        before = proxy.status("voluntary_ctxt_switches")
+        time.sleep(3.0)
+        wakes = (proxy.status("voluntary_ctxt_switches") - before) / 3
+        begin = time.perf_counter()
+        close_all(socks)
+        while proxy.status("VmRSS") and len(list((proxy.proc / "fd").iterdir())) > 40 and time.perf_counter() < begin + 30:
+            time.sleep(0.02)
+        return {"base_mb": base / 1024, "ready_s": proxy.ready_s, "session_kb": (full - base) / count, "total_mb": full / 1024,
+                "wakeups_per_s": wakes, "close_all_s": time.perf_counter() - begin}
+    finally:
+        proxy.stop()
+
+
+def fairness(proxy: Proxy, rounds: int) -> dict[str, float]:
+    """p99 of 128-byte round trips of 31 sessions, alone and while another downloads at full speed."""
+    def p99() -> float:
+        times: list[float] = []
+        echoes(proxy, proxy.port, "tls", 31, rounds, times.append)
+        return sorted(times)[int(len(times) * 0.99)] * 1e3
+
+    alone = p99()
+    stop = threading.Event()
+    helper = subprocess.Popen([sys.executable, "-c", _BULK_CLIENT, str(TOOLS), str(proxy.port), SECRET.hex()])
+    time.sleep(0.5)
+    busy = p99()
+    stop.set()
+    helper.terminate()
+    helper.wait()
+    return {"alone_ms": alone, "busy_ms": busy, "ratio": busy / alone}
+
+
+_BULK_CLIENT = """
+import sys; sys.path.insert(0, sys.argv[1])
+from bench_peers import *
+scrap = bytearray(1 << 20)
+while True:
+    sock = connect(int(sys.argv[2]), "tls", bytes.fromhex(sys.argv[3]), SOURCE)
+    discard(sock, scrap)
+    sock.close()
+"""
+
+
+def slow_client(proxy: Proxy, seconds: float) -> dict[str, float]:
+    """A client behind 1 Mbit/s: CPU and growth of the proxy while it reads 12.5 KB every 100 ms."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
+    sock.connect(("127.0.0.1", proxy.port))
+    peers.shake_hands(sock, SECRET)
+    sock.sendall(record(peers.preamble(SECRET, peers.SOURCE)))
+    time.sleep(1.0)
+    rss, cpu, wakes = proxy.status("VmRSS"), proxy.cpu_s(), proxy.status("voluntary_ctxt_switches")
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        sock.recv(12_500)
+        time.sleep(0.1)
+    found = {"cpu_ms_per_s": 1e3 * (proxy.cpu_s() - cpu) / seconds, "growth_kb": proxy.status("VmRSS") - rss,
+             "wakeups_per_s": (proxy.status("voluntary_ctxt_switches") - wakes) / seconds}
+    sock.close()
+    return found
+
+
+def sparse(proxy: Proxy, count: int, rounds: int) -> dict[str, float]:
+    """Round trips of 1 % of `count` sessions, as a ratio to the same number of sessions without the idle ones."""
+    active = count // 100
+    alone = echoes(proxy, proxy.port, "tls", active, rounds)
+    idle = [connect(proxy.port, "tls", SECRET, peers.SILENT) for _ in range(count - active)]
+    among = echoes(proxy, proxy.port, "tls", active, rounds)
+    close_all(idle)
+    time.sleep(0.5)
+    return {"us": 1e6 * among, "ratio": among / alone}
+
+
+def scaling(rig: Rig, proxy: Proxy, scales: tuple[int, ...], trips: int) -> dict[str, list[float]]:
+    """Cost per byte and per event against the number of sessions."""
+    per_gb, per_trip = [], []
+    for count in scales:
+        per_gb.append(median(parallel(rig, proxy, proxy.port, "tls", count) for _ in range(3)))
+        per_trip.append(1e6 * median(echoes(proxy, proxy.port, "tls", count, max(3, trips // count)) for _ in range(3)))
+        print(f"  {count:>5} sessions: {per_gb[-1]:.3f} s/GB, {per_trip[-1]:.1f} us per round trip", flush=True)
+    return {"sessions": list(map(float, scales)), "s_per_gb": per_gb, "us_per_trip": per_trip}
+
+
+def pure_python_speed() -> float:
+    """MB/s of the pure-Python AES-CTR on 1 MiB."""
+    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import telemt; c = telemt.pick_backend('python').ctr(bytes(32), bytes(16));"
+            "c.update(bytes(65536)); t = time.perf_counter(); c.update(bytes(1 << 20)); print((1 << 20) / 1e6 / (time.perf_counter() - t))")
+    return float(subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=True).stdout)
+
+
+def compile_ms() -> float:
+    """Milliseconds to compile telemt.py, as every start on a router does."""
+    code = ("import sys, time; s = open(sys.argv[1]).read(); t = time.perf_counter(); compile(s, 'telemt.py', 'exec');"
+            "print(1e3 * (time.perf_counter() - t))")
+    return float(subprocess.run([sys.executable, "-c", code, str(ROOT / "telemt.py")], capture_output=True, text=True, check=True).stdout)
+
+
+# -- a run
+
+
+def compare(rig: Rig, todo: list[Job], rounds: int) -> dict[str, Any]:
+    """Rows with a reference, interleaved: {name: {unit, target, reference, bare, BACKEND: {cost, ratio}}}."""
+    found: dict[str, Any] = {}
+    for job in todo:
+        costs: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
+        bare: list[float] = []
+        for number in range(rounds + 1):           # the first round only warms up
+            row = {backend: job.cost(rig, rig.proxy(backend, fast=job.fast)) for backend in BACKENDS}
+            reference = job.bare(rig)
+            if number:
+                bare.append(reference)
+                for backend, cost in row.items():
+                    costs[backend].append(cost)
+        found[job.name] = {"unit": job.unit, "target": job.target, "reference": job.reference, "bare": median(bare)}
+        for backend in BACKENDS:
+            ratios = bench_report.ratios(costs[backend], bare)
+            found[job.name][backend] = {"cost": median(costs[backend]), "ratio": median(ratios)}
+        print("  " + bench_report.one_line(job.name, found[job.name], BACKENDS), flush=True)
+    return found
+
+
+def figures(rig: Rig, quick: bool, rounds: int) -> dict[str, Any]:
+    """Everything without a bare loop, per backend."""
+    found: dict[str, Any] = {"compile_ms": compile_ms(), "pure_python_mb_per_s": pure_python_speed()}
+    for backend in BACKENDS:
+        proxy = rig.proxy(backend)
+        pairs = [parallel_ratio(rig, proxy) for _ in range(rounds)]
+        row: dict[str, Any] = {"parallel_s_per_gb": median(cost for cost, _ in pairs),
+                               "parallel_ratio": median(ratio for _, ratio in pairs)}
+        row |= user_costs(rig, backend, 60 if quick else 150)
+        row |= idle_costs(rig, backend, 500 if quick else 2000)
+        row["fairness"] = fairness(proxy, 50 if quick else 200)
+        row["slow_client"] = slow_client(proxy, 2 if quick else 5)
+        row["sparse"] = sparse(proxy, 1000 if quick else 2000, 100 if quick else 300)
+        found[backend] = row
+        print(f"  {backend}: " + json.dumps(row, default=float), flush=True)
+    return found
+
+
+def machine(rig: Rig) -> dict[str, str]:
+    """Where the figures come from."""
+    info = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in info if line.startswith("model name")), platform.machine())
+    versions = {"cryptography": "", "openssl": ""}
+    code = "import cryptography, ssl; print(cryptography.__version__); print(ssl.OPENSSL_VERSION)"
+    versions["cryptography"], versions["openssl"] = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                                                                   check=True).stdout.splitlines()
+    return {"processor": f"{model}, {os.cpu_count()} cores", "kernel": f"{platform.system()} {platform.release()}",
+            "python": platform.python_version(), **versions, "telemt.py": rig.proxy(BACKENDS[0]).banner.rpartition(": ")[2]}
+
+
+def profile(rig: Rig) -> None:
+    """Write a flame graph of the FakeTLS download."""
+    proxy = rig.proxy(BACKENDS[0])
+    target = ROOT / "docs" / "images" / "flame.svg"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    spy = subprocess.Popen([str(Path(sys.executable).parent / "py-spy"), "record", "--native", "--rate", "500", "--duration", "8",
+                            "--output", str(target), "--pid", str(proxy.process.pid)])
+    while spy.poll() is None:
+        download(rig, proxy, proxy.port, "tls")
+    print(f"flame graph: {target.relative_to(ROOT)}")
+
+
+def main() -> int:
+    """Run what the arguments ask for; 1 when --check finds a ratio that got worse."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rounds", type=int, default=0)
+    parser.add_argument("--only", default="", help="rows whose name holds this word")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    options = parser.parse_args()
+    raise_fds()
+    rounds = options.rounds or (3 if options.quick else 7)
+    rig = Rig((96 if options.quick else 512) * MIB)
+    try:
+        if options.profile:
+            profile(rig)
+            return 0
+        todo = [job for job in jobs(options.quick) if options.only.lower() in job.name.lower()]
+        if options.check:
+            return bench_report.check(lambda: compare(rig, [job for job in todo if job.target], rounds), ROOT / "docs" / "performance.json",
+                                      BACKENDS)
+        found: dict[str, Any] = {"rows": compare(rig, todo, rounds)}
+        if not options.only:
+            found |= {"figures": figures(rig, options.quick, rounds), "machine": machine(rig), "rounds": rounds}
+            found["scaling"] = scaling(rig, rig.proxy(BACKENDS[0]), SCALES[:4] if options.quick else SCALES, 3000)
+        if options.write:
+            bench_report.write(found, ROOT / "docs", BACKENDS)
+    finally:
+        rig.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""The bench's arithmetic and its documents: ratios, tables, the plot, the guard."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+WORSE = 1.25                       # the guard trips when a ratio is this much above the committed one, twice in a row
+
+
+def ratios(costs: Sequence[float], bare: Sequence[float]) -> list[float]:
+    """Cost of each round as a multiple of the reference of the same round."""
+    if len(costs) != len(bare):
+        raise ValueError("every round has one reference")
+    return [cost / reference for cost, reference in zip(costs, bare, strict=True)]
+
+
+def one_line(name: str, row: dict[str, Any], backends: Sequence[str]) -> str:
+    """A row as progress output."""
+    parts = [f"{backend} {row[backend]['cost']:.3g} {row['unit']} = {row[backend]['ratio']:.2f}x" for backend in backends]
+    goal = f" (target {row['target']:g}x)" if row["target"] else ""
+    return f"{name}: {', '.join(parts)}; {row['reference']} {row['bare']:.3g} {row['unit']}{goal}"
+
+
+def verdict(value: float, target: float) -> str:
+    """`1.21` or `1.41 (missed)`."""
+    return f"{value:.2f}" if not target or value <= target else f"**{value:.2f} (missed)**"
+
+
+def table(rows: dict[str, Any], backends: Sequence[str]) -> str:
+    """Markdown of the rows that have a reference."""
+    head = ["work", "target", *(f"{backend}: cost, ratio" for backend in backends), "bare loop"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, row in rows.items():
+        cells = [name, f"<= {row['target']:g}x {row['reference']}" if row["target"] else "-"]
+        cells += [f"{row[backend]['cost']:.3g} {row['unit']}, {verdict(row[backend]['ratio'], row['target'])}x" for backend in backends]
+        lines.append("| " + " | ".join([*cells, f"{row['reference']} {row['bare']:.3g} {row['unit']}"]) + " |")
+    return "\n".join(lines)
+
+
+FIGURES: Sequence[tuple[str, str, tuple[str, ...], dict[str, float], str]] = (
+    # label, target text, path in the backend's figures, limit per backend ("*" = all), format
+    ("64 parallel FakeTLS downloads, ratio to the single one", "<= 1.5x", ("parallel_ratio",), {"*": 1.5}, "{:.2f}x"),
+    ("handshake, per further user tried", "<= 4 us", ("per_user_us",), {"*": 4.0}, "{:.2f} us"),
+    ("handshake with 1,000 users, IP seen before, ratio to 1 user", "<= 1x (+ noise)", ("seen_ratio",), {"*": 1.1}, "{:.2f}x"),
+    ("idle FakeTLS session", "<= 6 KB", ("session_kb",), {"*": 6.0}, "{:.2f} KB"),
+    ("wake-ups per second, all sessions idle", "0", ("wakeups_per_s",), {"*": 0.34}, "{:.1f}"),
+    ("whole process with these sessions", "<= 34 MB", ("total_mb",), {"*": 34.0}, "{:.1f} MB"),
+    ("time to close all of them", "-", ("close_all_s",), {}, "{:.2f} s"),
+    ("start to listening", "<= 0.4 s", ("ready_s",), {"*": 0.4}, "{:.2f} s"),
+    ("base memory", "<= 22 MB, libcrypto 17", ("base_mb",), {"cryptography": 22.0, "libcrypto": 17.0}, "{:.1f} MB"),
+    ("p99 of 128-byte round trips beside a full-speed download, ratio to undisturbed", "<= 3x", ("fairness", "ratio"), {"*": 3.0},
+     "{:.2f}x"),
+    ("the same p99, undisturbed", "-", ("fairness", "alone_ms"), {}, "{:.2f} ms"),
+    ("client behind 1 Mbit/s: CPU of the proxy", "-", ("slow_client", "cpu_ms_per_s"), {}, "{:.2f} ms/s"),
+    ("client behind 1 Mbit/s: growth of the proxy", "-", ("slow_client", "growth_kb"), {}, "{:.0f} KB"),
+    ("1 % of 2,000 sessions active: round trip, ratio to those alone", "-", ("sparse", "ratio"), {}, "{:.2f}x"),
+)
+
+
+def dig(data: dict[str, Any], path: Sequence[str]) -> float:
+    """The number at a path of nested dicts."""
+    value: Any = data
+    for step in path:
+        value = value[step]
+    return float(value)
+
+
+def figure_table(figures: dict[str, Any], backends: Sequence[str]) -> str:
+    """Markdown of the figures that have no bare loop."""
+    lines = ["| figure | target | " + " | ".join(backends) + " |", "|" + "---|" * (2 + len(backends))]
+    for label, goal, path, limits, form in FIGURES:
+        cells = []
+        for backend in backends:
+            value = dig(figures[backend], path)
+            limit = limits.get(backend, limits.get("*", float("inf")))
+            cells.append(form.format(value) if value <= limit else f"**{form.format(value)} (missed)**")
+        lines.append(f"| {label} | {goal} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def between(text: str, name: str, content: str) -> str:
+    """`text` with what stands between the markers `<!-- NAME -->` and `<!-- /NAME -->` replaced."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"the document needs {begin} and {end} once each")
+    head, _, rest = text.partition(begin)
+    _, _, tail = rest.partition(end)
+    return f"{head}{begin}\n{content}\n{end}{tail}"
+
+
+def spread(values: Sequence[float]) -> float:
+    """How far the largest value is above the smallest: 0.2 = within 20 %."""
+    return max(values) / min(values) - 1
+
+
+def plot(scaling: dict[str, list[float]], target: Path) -> None:
+    """Draw cost per byte and per event against the number of sessions."""
+    import matplotlib
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+    matplotlib.rcParams["svg.hashsalt"] = "telemt"
+    figure, left = pyplot.subplots(figsize=(7, 3.6))
+    right = left.twinx()
+    left.plot(scaling["sessions"], scaling["s_per_gb"], "o-", color="tab:blue")
+    right.plot(scaling["sessions"], scaling["us_per_trip"], "s--", color="tab:orange")
+    left.set(xscale="log", xlabel="FakeTLS sessions", ylim=(0, 1.6 * max(scaling["s_per_gb"])))
+    left.set_ylabel("download, CPU s/GB", color="tab:blue")
+    right.set_ylabel("128-byte round trip, CPU us", color="tab:orange")
+    right.set_ylim(0, 1.6 * max(scaling["us_per_trip"]))
+    figure.tight_layout()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, metadata={"Date": None})
+
+
+def write(found: dict[str, Any], docs: Path, backends: Sequence[str]) -> None:
+    """Write performance.json, the generated parts of performance.md, and the plot."""
+    (docs / "performance.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    page = docs / "performance.md"
+    text = page.read_text(encoding="utf-8")
+    facts = "\n".join(f"- {name}: {value}" for name, value in found["machine"].items())
+    figures = found["figures"]
+    text = between(text, "machine", f"{facts}\n- rounds: {found['rounds']}, medians")
+    text = between(text, "rows", table(found["rows"], backends))
+    text = between(text, "figures", figure_table(figures, backends) + f"\n\nCompiling `telemt.py`: {figures['compile_ms']:.0f} ms. "
+                   f"AES-CTR in pure Python: {figures['pure_python_mb_per_s']:.1f} MB/s (target 0.6).")
+    scaling = found["scaling"]
+    lines = ["| sessions | download, s/GB | round trip, us |", "|---|---|---|"]
+    lines += [f"| {int(count):,} | {per_gb:.3f} | {per_trip:.1f} |"
+              for count, per_gb, per_trip in zip(scaling["sessions"], scaling["s_per_gb"], scaling["us_per_trip"], strict=True)]
+    lines.append(f"\nSpread: {spread(scaling['s_per_gb']):.0%} per byte, {spread(scaling['us_per_trip']):.0%} per event.")
+    page.write_text(between(text, "scaling", "\n".join(lines)), encoding="utf-8")
+    plot(scaling, docs / "images" / "scaling.svg")
+
+
+def worse(now: dict[str, Any], committed: dict[str, Any], backends: Sequence[str]) -> list[str]:
+    """Rows whose ratio is more than a quarter above the committed one: `name (backend): 1.10 -> 1.50`."""
+    found = []
+    for name, row in now.items():
+        for backend in backends:
+            before = committed.get(name, {}).get(backend, {}).get("ratio")
+            if before is not None and row[backend]["ratio"] > before * WORSE:
+                found.append(f"{name} ({backend}): {before:.2f} -> {row[backend]['ratio']:.2f}")
+    return found
+
+
+def check(run: Callable[[], dict[str, Any]], committed: Path, backends: Sequence[str]) -> int:
+    """Run once, and again if something got worse; 1 if the same row is worse both times."""
+    before = json.loads(committed.read_text(encoding="utf-8"))["rows"]
+    first = worse(run(), before, backends)
+    if not first:
+        print("no ratio is worse than the committed table by more than a quarter")
+        return 0
+    print("worse, running again: " + "; ".join(first))
+    second = worse(run(), before, backends)
+    again = [row for row in second if row.partition(":")[0] in {other.partition(":")[0] for other in first}]
+    print("\n".join(f"WORSE {row}" for row in again) or "not confirmed by the second run")
+    return 1 if again else 0
