@@ -151,6 +151,21 @@ def test_family_gates_and_addresses_in_use(make_server, logged):
     assert "reuse_allow=false; set [[server.listeners]].reuse_allow=true to allow multi-instance listening" in texts
 
 
+def test_accepted_clients_have_their_options(make_server):
+    """On Linux they are inherited from the listener."""
+    server = make_server(LOCAL + "[timeouts]\nclient_keepalive = 77\nclient_ack = 99\n")
+    server.open_listeners()
+    server.accept()
+    client = client_of(server)
+    (session,) = server.places.owners
+    option = session.stream.sock.getsockopt
+    assert option(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1 and option(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    assert option(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == option(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 77
+    assert option(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 99_000
+    client.close()
+    server.loop.settle()
+
+
 def test_reuse_port_lets_two_share(make_server):
     first = make_server(LOCAL.replace('"127.0.0.1"', '"127.0.0.1"\nreuse_allow = true'))
     (_, port), = first.open_listeners()

@@ -105,21 +105,18 @@ class Proxy(Worker):
         lines += ["[access.users]", *(f'filler{n} = "{n + 2:032x}"' for n in range(users - 1)), f'bench = "{SECRET.hex()}"']
         path = folder / f"{backend}-{users}-{fast}.toml"
         path.write_text("\n".join(lines) + "\n")
+        log = path.with_suffix(".log")
         begin = time.perf_counter()
-        super().__init__([sys.executable, str(ROOT / "telemt.py"), str(path)], {"TELEMT_CRYPTO": backend})
+        with log.open("w") as output:              # a file: a pipe would charge its reader's wake-ups to the proxy
+            super().__init__([sys.executable, str(ROOT / "telemt.py"), str(path)], {"TELEMT_CRYPTO": backend}, output)
         self.port, self.banner = 0, ""
-        while line := self.line():
-            self.banner = self.banner or line.strip()
-            if "Listening on " in line:
-                self.port = int(line.rpartition(":")[2])
-                break
+        while not self.port and time.perf_counter() < begin + 10:
+            time.sleep(0.005)
+            lines = log.read_text().splitlines()
+            self.banner = lines[0] if lines else ""
+            self.port = next((int(line.rpartition(":")[2]) for line in lines if "Listening on " in line), 0)
         self.ready_s = time.perf_counter() - begin
         assert self.port, "the proxy did not start"
-        threading.Thread(target=self._swallow, daemon=True).start()
-
-    def _swallow(self) -> None:
-        while self.line():
-            pass
 
 
 class Rig:

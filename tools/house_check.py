@@ -79,6 +79,7 @@ POLICIES: dict[str, Policy] = {
         catch_all={
             "pick_backend": "whatever a crypto library throws at us, the next one may work (platform.md 3)",
             "Loop.call": "one callback costs what it belongs to, never the loop",
+            "Loop._turn": "the same for handlers, without a call in between",
             "Loop._run_idle_job": "the same for jobs of an idle turn",
             "WorkerPool.submit.task": "the end of a helper thread: the error is handed to `done`",
         },

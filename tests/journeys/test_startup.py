@@ -193,6 +193,15 @@ def test_missing_config_that_cannot_be_written(tmp_path: Path) -> None:
     assert "Traceback" not in run.stderr
 
 
+def test_starts_without_proc(rig: Rig) -> None:
+    """A chroot or a small container may have no /proc; nothing that the proxy must do needs it."""
+    without = ["unshare", "--mount", "sh", "-c", 'umount -l /proc && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*without, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("cannot take /proc away here")
+    rig.proxy(command=[*without, sys.executable, "-B", str(PROGRAM)])
+    rig.client().req_pq()
+
+
 # -- listeners ---------------------------------------------------------------------------------------------------------------------
 
 def test_port_in_use(tmp_path: Path) -> None:
