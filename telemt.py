@@ -57,7 +57,7 @@ def _start_afresh() -> None:
     script = sys.argv[0]
     if script.startswith("/proc/self/fd/") and "telemt" in sys._xoptions:
         os.close(int(script.rpartition("/")[2]))
-        if sys.path[0] == "/proc/self/fd":
+        if not sys.flags.safe_path:            # telemt_api.py lies beside telemt.py, not in /proc
             sys.path[0] = os.path.dirname(os.path.abspath(str(sys._xoptions["telemt"])))
         return
     flags = sys.orig_argv[1:at]
@@ -69,6 +69,9 @@ def _start_afresh() -> None:
         with open(fd, "wb", closefd=False) as file:
             magic: bytes = sys.modules["_frozen_importlib_external"].MAGIC_NUMBER
             file.write(magic + bytes(12) + marshal.dumps(sys._getframe(1).f_code))
+        if not os.path.exists(f"/proc/self/fd/{fd}"):          # no /proc, as in a chroot: after execv there is no way back
+            os.close(fd)
+            return
         os.execv(sys.executable, [sys.orig_argv[0], *flags, "-X", f"telemt={script}", f"/proc/self/fd/{fd}", *sys.argv[1:]])
     except (OSError, ValueError):
         pass
@@ -77,8 +80,8 @@ def _start_afresh() -> None:
 if __name__ == "__main__":
     _start_afresh()
 
-# OpenSSL's hashes would load a libcrypto of 3.5 MB beside the one that `cryptography` brings.  The built-in SHA-256 costs
-# 1.3 us more per ClientHello and user tried.
+# OpenSSL's hashes would load a libcrypto of 3.5 MB beside the one that `cryptography` brings.  With few users the built-in
+# SHA-256 does: 2 us more per ClientHello and user tried.  With many, hash_with_openssl() undoes this.
 sys.modules.setdefault("_hashlib", None)  # type: ignore[arg-type]
 
 import bisect
@@ -94,6 +97,7 @@ import hashlib
 import heapq
 import hmac
 import importlib
+import io
 import ipaddress
 import itertools
 import math
@@ -108,8 +112,7 @@ import struct
 import time
 import tomllib
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -159,14 +162,7 @@ class Reason(enum.Enum):
     IO_ERROR = "io_error"
     # after the handshake: log words only
     BAD_RECORD = "bad_record"
-    BAD_FRAME = "bad_frame"
     LIMIT = "limit"
-    ROUTE = "route"
-    QUOTA = "quota"
-    IDLE = "idle"
-    DONE = "done"
-    SHUTDOWN = "shutdown"
-    INTERNAL = "internal"
 
 
 class TelemtError(Exception):
@@ -193,12 +189,19 @@ class WireError(TelemtError):
         self.reason = reason
 
 
-class RouteError(TelemtError):
-    """The network's fault: no way to the other side.  `hard`: trying the same way again is pointless (upstream-and-relay.md 7.4)."""
+_HARD_ERRORS: Final = frozenset((errno.ECONNREFUSED, errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS))
 
-    def __init__(self, text: str, *, hard: bool = False) -> None:
+
+class RouteError(TelemtError):
+    """The network's fault: no way to the other side.
+
+    code: the system's error number, 0 without one.  `hard`: trying the same way again is pointless (upstream-and-relay.md 7.4).
+    """
+
+    def __init__(self, text: str, *, hard: bool = False, code: int = 0) -> None:
         super().__init__(text)
-        self.hard = hard
+        self.hard = hard or code in _HARD_ERRORS
+        self.code = code
 
 
 class InternalError(TelemtError):
@@ -288,7 +291,7 @@ class Throttle:
         self._open_at = now + self.every_s
         return True
 # == 2. settings =============================================================
-# The configuration.  One table says everything about a key: the dataclasses
+# The configuration.  One table says everything about a key: the Tables
 # below mirror the TOML paths (settings.server.api.listen is [server.api]
 # listen), and each field is one call of `key`: how the value is read, what it
 # is when absent, what a reload does with it, its unit, a sentence, its rule.
@@ -366,23 +369,62 @@ class Key(NamedTuple):
 
 def key(kind: Kind[_T], default: _D, reload: str, unit: str, help: str, rule: Rule | None = None, *,
         only: str = "", required: bool = False) -> _T | _D:
-    """Declare a key: a dataclass field with its Key as metadata."""
-    spec: Any = {"key": Key(kind, default, Reload(reload), unit, help, rule, only, required)}
-    if isinstance(default, dict):        # dataclasses want a factory; a Mapping is not changed, so it may be shared
-        return field(default_factory=lambda: default, metadata=spec)
-    return field(default=default, metadata=spec)
+    """Declare a key of a Table."""
+    spec: Any = Key(kind, default, Reload(reload), unit, help, rule, only, required)
+    found: _T | _D = spec
+    return found
 
 
-def table(cls: type[_T]) -> _T:
+def table(cls: type[_Table]) -> _Table:
     """Declare a table of keys; absent and empty are the same."""
-    spec = Key(Kind("table", lambda path, value: _read_table(cls, path, value)), None, Reload.NO_EFFECT, "", "", table=cls)
-    return field(default_factory=cls, metadata={"key": spec})
+    spec: Any = Key(Kind("table", lambda path, value: _read_table(cls, path, value)), None, Reload.NO_EFFECT, "", "", table=cls)
+    found: _Table = spec
+    return found
 
 
 def tables(cls: type[_T], read: Callable[[str, object], _T], reload: str, help: str) -> tuple[_T, ...]:
     """Declare an array of tables, none by default."""
     many: Kind[Any] = _list_of(Kind("table", read))
-    return field(default=(), metadata={"key": Key(many, (), Reload(reload), "", help, table=cls, many=True)})
+    spec: Any = Key(many, (), Reload(reload), "", help, table=cls, many=True)
+    found: tuple[_T, ...] = spec
+    return found
+
+
+class Table:
+    """A frozen record whose fields are declared by key(), table() and tables().
+
+    Not a dataclass: that module brings `inspect` and the compiler's inner life along, a megabyte that nothing here needs.
+    Not printable on purpose: a repr would hold every secret.
+    """
+
+    members: ClassVar[dict[str, Key]] = {}
+
+    def __init_subclass__(cls) -> None:
+        cls.members = {name: vars(cls)[name] for name in cls.__annotations__}
+        for name in cls.members:
+            delattr(cls, name)
+
+    def __init__(self, **values: Any) -> None:
+        for name, spec in self.members.items():
+            fresh = spec.table is not None and not spec.many and name not in values
+            self.__dict__[name] = spec.table() if fresh and spec.table else values.pop(name, spec.default)
+        if values:
+            raise TypeError(f"{type(self).__name__} has no {', '.join(values)}")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__}.{name} is frozen")
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment]    # holds maps
+
+    def but(self: _Table, **changes: Any) -> _Table:
+        """Return a copy with some fields changed."""
+        return type(self)(**{**self.__dict__, **changes})
+
+
+_Table = TypeVar("_Table", bound=Table)
 
 
 # -- texts of errors
@@ -596,11 +638,9 @@ HTTPS: Final = Rule("must be an https URL (plain http only to a loopback host)",
 OFF_OR_10_300: Final = Rule("must be 0 or within [10, 300]", lambda value: value == 0 or 10 <= value <= 300)
 
 
-# -- the table of keys (config.md 2).  Not printable on purpose: a repr would hold every secret.
-# ruff: noqa: RUF009 - key, table and tables return fields
+# -- the table of keys (config.md 2)
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Modes:
+class Modes(Table):
     """[general.modes]: which kinds of links work."""
 
     classic: bool = key(BOOL, False, "h", "", "Plain obfuscated links: easy to recognise.")
@@ -608,8 +648,7 @@ class Modes:
     tls: bool = key(BOOL, True, "h", "", "Links starting with ee: looks like TLS.")
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Telemetry:
+class Telemetry(Table):
     """[general.telemetry]: what is counted for API and metrics; limits work regardless."""
 
     core_enabled: bool = key(BOOL, True, "H", "", "Count process-wide totals.")
@@ -617,8 +656,7 @@ class Telemetry:
     me_level: str = key(_one_of("silent", "normal", "debug"), "normal", "H", "", "How much is counted about the middle end.")
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Links:
+class Links(Table):
     """[general.links]: the links that are printed and handed out."""
 
     show: str | tuple[str, ...] = key(SHOW, "*", "h", "", 'Users whose links are printed: "*" = all, [] = none.')
@@ -626,8 +664,7 @@ class Links:
     public_port: int | None = key(U16, None, "h", "", "Port in links; without it server.port.")
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class General:
+class General(Table):
     """[general]"""
 
     modes: Modes = table(Modes)
@@ -735,8 +772,7 @@ _IP_SITES: Final = ("https://ifconfig.me/ip", "https://api.ipify.org")
 _LOOPBACK: Final[tuple[IpNetwork, ...]] = (ipaddress.IPv4Network("127.0.0.1/32"), ipaddress.IPv6Network("::1/128"))
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Network:
+class Network(Table):
     """[network]"""
 
     ipv4: bool = key(BOOL, True, "R", "", "Use IPv4.")
@@ -751,8 +787,7 @@ class Network:
     dns_overrides: tuple[str, ...] = key(STRINGS, (), "H", "", "host:port:ip entries that replace name resolution.")
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Api:
+class Api(Table):
     """[server.api]"""
 
     enabled: bool = key(BOOL, False, "R", "", "Serve the Control API.")
@@ -771,8 +806,7 @@ class Api:
     runtime_edge_events_capacity: int = key(OUR_INT, 256, "R", "", "Events that are kept.", within(16, 4096))
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class ListenerEntry:
+class ListenerEntry(Table):
     """One of [[server.listeners]]."""
 
     ip: IpAddress = key(IP, ipaddress.IPv4Address(0), "R", "", "Address to listen on, with server.port.", required=True)
@@ -782,8 +816,7 @@ class ListenerEntry:
     reuse_allow: bool = key(BOOL, False, "R", "", "Let several processes share the port.")
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class ServerSettings:
+class ServerSettings(Table):
     """[server]; the Server itself is in room 20."""
 
     port: int = key(U16, 443, "R!", "", "Port of every TCP listener.")
@@ -803,8 +836,7 @@ class ServerSettings:
         NETWORKS, None, "h", "", "Networks whose PROXY header is believed; absent = all, [] = none.")
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Timeouts:
+class Timeouts(Table):
     """[timeouts]"""
 
     client_handshake: int = key(U64, 30, "h", "s", "From accept to the end of the handshake.")
@@ -815,8 +847,7 @@ class Timeouts:
     me_one_timeout_ms: int = key(U64, 1200, "R", "ms", "One attempt to reconnect to a middle end.")
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Censorship:
+class Censorship(Table):
     """[censorship]"""
 
     tls_domain: str = key(STR, "petrovich.ru", "R!", "", "Site that FakeTLS links name.")
@@ -836,8 +867,7 @@ class Censorship:
     mask_proxy_protocol: int = key(U8, 0, "h", "", "PROXY header to the mask site: 0 = none, 1 = text, 2 = binary.")
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Access:
+class Access(Table):
     """[access]: who may use the proxy, and how much.  A limit of 0 blocks."""
 
     users: Mapping[str, str] = key(_map_of(SECRET), {"default": _ZERO_SECRET}, "H", "", "Secret (32 hex) of each user.")
@@ -852,8 +882,7 @@ class Access:
     ignore_time_skew: bool = key(BOOL, False, "H", "", "Accept clients with a wrong clock.")
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Upstream:
+class Upstream(Table):
     """One of [[upstreams]]: a way to Telegram.  `type` is shadowsocks only in a disabled entry (config.md 8 item 24)."""
 
     type: str = key(_one_of("direct", "socks4", "socks5"), "direct", "R", "", "Kind of the way.", required=True)
@@ -868,8 +897,7 @@ class Upstream:
     password: str | None = key(SECRET, None, "R", "", "SOCKS5 password.", only="socks5")
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Settings:
+class Settings(Table):
     """The whole file."""
 
     general: General = table(General)
@@ -886,13 +914,9 @@ class Settings:
 
 # -- the table, walked
 
-def _members(cls: type[Any]) -> Iterator[tuple[str, Key]]:
-    return ((item.name, item.metadata["key"]) for item in fields(cls))
-
-
 def walk_keys(cls: type[Any] = Settings, path: str = "") -> Iterator[tuple[str, Key]]:
     """Yield (TOML path, Key) of every table and key in table order; what array entries hold as `upstreams[].type`."""
-    for name, spec in _members(cls):
+    for name, spec in cls.members.items():
         yield path + name, spec
         if spec.table is not None:
             yield from walk_keys(spec.table, f"{path}{name}{'[]' if spec.many else ''}.")
@@ -929,7 +953,7 @@ class Change(NamedTuple):
 def diff_settings(old: Any, new: Any, path: str = "") -> tuple[Change, ...]:
     """Return the changed keys in table order; an array of tables counts as one key."""
     changes: list[Change] = []
-    for name, spec in _members(type(old)):
+    for name, spec in old.members.items():
         before, after = getattr(old, name), getattr(new, name)
         if spec.table is not None and not spec.many:
             changes += diff_settings(before, after, f"{path}{name}.")
@@ -947,7 +971,7 @@ def _value_at(root: Any, path: str) -> Any:
 def _with_value(root: Any, path: str, value: object) -> Any:
     """Return `root` with the key at `path` replaced."""
     name, _, rest = path.partition(".")
-    return replace(root, **{name: _with_value(getattr(root, name), rest, value) if rest else value})
+    return root.but(**{name: _with_value(getattr(root, name), rest, value) if rest else value})
 
 
 # -- from text to tables (config.md 1.1)
@@ -1062,10 +1086,10 @@ def _refuse_big_integers(document: dict[str, Any]) -> None:
 
 # -- from tables to settings
 
-def _read_table(cls: type[_T], path: str, value: object, variant: str = "") -> _T:
+def _read_table(cls: type[_Table], path: str, value: object, variant: str = "") -> _Table:
     """Return `cls` filled from a TOML table.  Keys of other variants are not looked at.  Raises ConfigError."""
     given, values = _as_table(path, value), {}
-    for name, spec in _members(cls):
+    for name, spec in cls.members.items():
         if spec.only and variant not in spec.only.split():
             continue
         if name in given:
@@ -1352,7 +1376,7 @@ def resolve_listeners(server: ServerSettings) -> tuple[ListenerEntry, ...]:
     if not entries and server.listen_tcp is not False:
         found = map(parse_ip, (server.listen_addr_ipv4, server.listen_addr_ipv6))
         entries = tuple(ListenerEntry(ip=ip) for ip in found if ip is not None)
-    return tuple(replace(entry, announce=str(entry.announce_ip), announce_ip=None)
+    return tuple(entry.but(announce=str(entry.announce_ip), announce_ip=None)
                  if entry.announce is None and entry.announce_ip is not None else entry for entry in entries)
 
 
@@ -1380,7 +1404,7 @@ def unknown_keys(document: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 def _unknown(cls: type[Any], path: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
     """Yield (path, unknown names) of a table, or of all entries of an array, then of the tables inside."""
-    known = dict(_members(cls))
+    known = cls.members
     written = dict.fromkeys(name for entry in entries for name in entry)
     strange = [name for name in written if name not in known]
     if strange:
@@ -1460,8 +1484,7 @@ def _public_secret_warnings(access: Access, explicit: bool) -> Iterator[str]:
                 for name, tag in access.user_ad_tags.items() if tag == _ZERO_SECRET)
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Loaded:
+class Loaded(NamedTuple):
     """A file, accepted."""
 
     settings: Settings                       # normalised
@@ -1707,11 +1730,11 @@ class CryptographyBackend(Backend):
         return _CryptographyCipher(self._cipher(self._aes(key), self._modes.CBC(iv)).decryptor())
 
     def x25519_public(self, entropy: Entropy) -> bytes:
-        """Return the public half of a generated key; `entropy` is used only where OpenSSL refuses X25519 (FIPS mode)."""
-        from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey  # 1.5 MB: only where FakeTLS is served
+        """Return the public half of a generated key; `entropy` is used only where OpenSSL has none (FIPS mode)."""
         try:
+            from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey  # 1.5 MB: only where FakeTLS is served
             key: Any = X25519PrivateKey.generate().public_key()
-        except self._unsupported:
+        except (self._unsupported, ImportError, OSError):      # OSError: no descriptor left to import with
             return super().x25519_public(entropy)
         if hasattr(key, "public_bytes_raw"):   # since 40
             raw: bytes = key.public_bytes_raw()
@@ -1827,7 +1850,7 @@ class _EvpCipher:
 
 
 class LibcryptoBackend(Backend):
-    """OpenSSL's libcrypto through ctypes: 0.5 MB where hashlib has loaded libcrypto already, else 5 MB."""
+    """OpenSSL's libcrypto through ctypes: 3.5 MB by being loaded."""
 
     name = "libcrypto"
 
@@ -2331,7 +2354,7 @@ def make_x25519_public(entropy: Entropy) -> bytes:
 
 
 class KeyedHmac:
-    """HMAC-SHA256 under one key, for messages of 100..2000 bytes: 0.8 us where hmac.digest takes 1.5.
+    """HMAC-SHA256 under one key, for messages of 100..2000 bytes: 2.4 us for 517 where hmac.digest takes 3.5.
 
     RFC 2104: the hash states behind the two padded keys are kept and copied.  550 bytes each.
     """
@@ -2753,39 +2776,39 @@ class RecordReader:
     It points instead of copying: spans() tells where payload lies in the caller's buffer.
     """
 
-    __slots__ = ("_left", "_kind", "_head", "closed")
+    __slots__ = ("_left", "_kind", "_head", "closed", "failed")
 
     def __init__(self) -> None:
         self._left = 0               # payload bytes of the current record still to come
         self._kind = 0x17
         self._head = b""             # 0..4 bytes of an unfinished header
         self.closed = False          # an alert arrived: the client will say nothing more
+        self.failed: WireError | None = None     # a record that cannot be; nothing behind it is looked at
 
     @property
     def mid_record(self) -> bool:
         """True when an end of stream here would cut a record (client-protocol.md 6.7)."""
         return bool(self._left or self._head)
 
-    @property
-    def held(self) -> int:
-        """How many bytes of an unfinished header are kept."""
-        return len(self._head)
-
     def spans(self, data: Bytes, size: int) -> list[tuple[int, int]]:
         """Return (start, length) of every piece of payload in data[:size], in order.
 
-        Raises WireError(BAD_RECORD) for anything that client-protocol.md 6.7 refuses.  After an alert `closed` is set and
-        what follows is ignored.
+        What client-protocol.md 6.7 refuses sets `failed` (BAD_RECORD), an alert sets `closed`: what stands before it is still
+        returned, what follows is ignored.
         """
-        if size > RECORD_HEADER and not self._left and not self._head and not self.closed:
+        if size > RECORD_HEADER and not self._left and not self._head and not self.closed and not self.failed:
             kind, version, length = _HEADER.unpack_from(data)
-            if kind == 0x17 and version == 0x0303 and length == size - RECORD_HEADER:      # one whole record: what chat looks like
-                return [(RECORD_HEADER, length)]
+            if kind == 0x17 and version == 0x0303 and length == size - RECORD_HEADER and length <= RECORD_IN_MAX:
+                return [(RECORD_HEADER, length)]       # one whole record: what chat looks like
         found: list[tuple[int, int]] = []
         at = 0
-        while at < size and not self.closed:
+        while at < size and not self.closed and not self.failed:
             if not self._left:
-                at = self._read_header(data, at, size)
+                try:
+                    at = self._read_header(data, at, size)
+                except WireError as error:
+                    self.failed = error
+                    break
             if self._left and at < size:
                 length = min(self._left, size - at)
                 if self._kind == 0x17:
@@ -3155,6 +3178,7 @@ READ: Final = 1            # EPOLLIN
 WRITE: Final = 4           # EPOLLOUT; everything else epoll reports (ERR, HUP) reads as "go and look"
 HANGUP: Final = 0x2000     # EPOLLRDHUP: only whether the peer left, bytes or not; `selectors` cannot tell and stays quiet
 _BATCH: Final = 512        # ready fds per turn
+_PATIENCE_MAX_S: Final = 86_400.0     # epoll counts milliseconds in 31 bits; waking once a day costs nothing
 _WORKERS: Final = 4        # helper threads for what blocks: name resolution, files, later https
 _WORKER_IDLE_S: Final = 30.0
 
@@ -3364,10 +3388,10 @@ class Loop:
             self._workers = WorkerPool(self.call_from_thread)
         self._workers.submit(work, done)
 
-    def on_signal(self, signum: int, callback: Callable[[], None]) -> None:
-        """Call back on the loop thread when the process gets `signum`."""
+    def on_signal(self, signum: int, handler: Callable[..., None]) -> None:
+        """Run `handler` as soon as the process gets `signum`, between two steps of whatever runs; wakes the loop."""
         signal.set_wakeup_fd(self._ringer.fileno(), warn_on_full_buffer=False)
-        signal.signal(signum, lambda *_: self._mail.append(callback))
+        signal.signal(signum, handler)
 
     def _on_bell(self, _mask: int) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -3393,7 +3417,7 @@ class Loop:
             return 0.0
         if self.wake_at == math.inf:
             return -1.0
-        return max(0.0, self.wake_at - self.clock())
+        return min(max(0.0, self.wake_at - self.clock()), _PATIENCE_MAX_S)
 
     def _turn(self, events: list[tuple[int, int]]) -> None:
         self.now = now = self.clock()
@@ -3427,10 +3451,12 @@ class Loop:
 
     def _blame(self, error: Exception, callback: Callable[..., object], *args: object) -> None:
         """Log our error and end what it belongs to: the callback's owner, else its argument."""
-        import traceback  # a quarter of a megabyte that a healthy process never needs
         log_loop.error("Internal error in %s: %r", getattr(callback, "__qualname__", callback), error)
-        for line in "".join(traceback.format_exception(error)).splitlines():
-            log_loop.error("  %s", line)       # a record is a line
+        where = error.__traceback__
+        while where is not None:               # by hand: an import here would need a descriptor, which may be what is missing
+            code = where.tb_frame.f_code
+            log_loop.error("  Traceback: %s:%d in %s", code.co_filename, where.tb_lineno, code.co_qualname)
+            where = where.tb_next
         # At once, not deferred: another event of this batch must not go on with a half-done step.
         for owner in (getattr(callback, "__self__", None), *args):
             victim = getattr(owner, "on_crash", None)
@@ -3540,6 +3566,9 @@ AGAIN: Final = -1                              # Flow.run(): nothing to read now
 _LENGTH: Final = struct.Struct(">H")
 
 
+_NO_SPLICE: Final = frozenset((errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP))
+
+
 class Pipe(NamedTuple):
     """A kernel pipe that splice(2) moves pages through; empty whenever the Arena has it."""
 
@@ -3555,10 +3584,13 @@ def _pages(size: int) -> mmap.mmap:
 class Arena:
     """Memory that every flow shares, made once: raw input, output, prepared records, pipes.
 
+    pending: `general.crypto_pending_buffer`: after a sink was too slow, one read brings no more than this, so neither does a
+    queue.  Only the read that finds out may be larger, and grew to that because everything before it was taken at once.
     paths: words of TELEMT_PATHS, the test hook that forces fallbacks: `no-splice`, `no-scatter`.
     """
 
-    def __init__(self, backend: Backend, paths: Container[str] = ()) -> None:
+    def __init__(self, backend: Backend, pending: int = 262_144, paths: Container[str] = ()) -> None:
+        self.patient_level = max(0, bisect.bisect_right(QUANTA, max(pending or 65_536, 4096)) - 1)
         self.input = backend.region(_pages(_ARENA_SIZE))
         self.output = backend.region(_pages(_ARENA_SIZE))
         self.records = backend.region(_pages(_ARENA_SIZE))          # record headers stand in it for good
@@ -3585,7 +3617,7 @@ class Arena:
 
     def take_pipe(self) -> Pipe | None:
         """Return an empty pipe of 1 MiB, or None when there are enough or the system has none left."""
-        if self._pipes:
+        if self._pipes and self.can_splice:
             return self._pipes.pop()
         if not self.can_splice or self._pipes_made >= _PIPES_MAX:
             return None
@@ -3662,13 +3694,6 @@ class Stream:
             self.loop.drop(self.sock, self.mask)
             self.fd, self.mask = -1, 0
 
-    def local_address(self) -> str:
-        """IP of our end, or an empty string."""
-        try:
-            return str(self.sock.getsockname()[0])
-        except OSError:
-            return ""
-
 
 class Flow:
     """One direction of a session: source -> bytes -> sink.
@@ -3735,7 +3760,7 @@ class Flow:
         self._queue = None
 
     def _pause(self) -> None:
-        self.level = min(self.level, 2)        # a slow peer costs at most 256 KiB from its next read on
+        self.level = min(self.level, self.arena.patient_level)
         self.source.want(self.source.mask & ~READ)
         self.sink.want(self.sink.mask | WRITE)
 
@@ -3793,9 +3818,12 @@ class CopyFlow(Flow):
         except BlockingIOError:
             self.arena.give_pipe(pipe, True)
             return AGAIN
-        except OSError:
+        except OSError as error:
             self.arena.give_pipe(pipe, True)
-            raise
+            if error.errno not in _NO_SPLICE:
+                raise
+            self.arena.can_splice = False      # an odd kernel or a system call filter: copy from now on
+            return self.run()
         self._small = self._small + 1 if size < _SPLICE_MIN else 0
         if self._small >= _SPLICE_PATIENCE:
             self._small, self.level = 0, 1
@@ -3814,6 +3842,15 @@ class CopyFlow(Flow):
                 moved = os.splice(self._pipe.read_fd, self.sink.fd, self._piped, flags=os.SPLICE_F_NONBLOCK)
             except BlockingIOError:
                 return False
+            except OSError as error:
+                if error.errno not in _NO_SPLICE:
+                    raise
+                self.arena.can_splice = False
+                left = os.read(self._pipe.read_fd, self._piped)
+                self._piped = 0
+                self._return_pipe()
+                self.push(left)
+                return not self.pending
             self._piped -= moved
             self.sent += moved
         self._return_pipe()
@@ -3928,12 +3965,13 @@ class UnwrapFlow(Flow):
         for start, length in self.records.spans(source.view, size):
             crypt(source, start, target, done, length)
             done += length
+        if done:
+            self.encrypt.crypt(target, 0, target, 0, done)
+            self.push(target.view[:done])
+        if self.records.failed:
+            raise self.records.failed
         self.over = self.records.closed
-        if not done:
-            return 0 if self.over else AGAIN
-        self.encrypt.crypt(target, 0, target, 0, done)
-        self.push(target.view[:done])
-        return done
+        return done or (0 if self.over else AGAIN)
 
 
 # -- connecting and listening
@@ -3942,30 +3980,31 @@ class UnwrapFlow(Flow):
 class Dial:
     """One connect attempt.  done(stream or RouteError) is called once, unless abort() came first."""
 
-    __slots__ = ("_stream", "_done", "_timer", "_where")
+    __slots__ = ("_stream", "_done", "_deadlines", "_where")
 
-    def __init__(self, loop: Loop, ip: str, port: int, timeout_s: float, done: Callable[[Stream | RouteError], None],
+    def __init__(self, loop: Loop, ip: str, port: int, deadlines: Lane[Dial], done: Callable[[Stream | RouteError], None],
                  source_ip: str = "") -> None:
-        self._where = f"{ip}:{port}"
+        self._where = format_address(ip, port)
         self._done: Callable[[Stream | RouteError], None] | None = done
         self._stream: Stream | None = None
-        self._timer = loop.call_later(timeout_s, self._on_timeout)
+        self._deadlines = deadlines
+        deadlines.arm(self)
         try:
             self._stream = Stream(loop, _open_socket(ip, source_ip))
             code = self._stream.sock.connect_ex((ip, port))
+            if code == errno.EINPROGRESS:
+                self._stream.watch(WRITE, self._on_ready)
         except OSError as error:
             code = error.errno or errno.EIO
         if code == 0:                          # a data centre on this host
             loop.defer(functools.partial(self._on_ready, WRITE))
-        elif code == errno.EINPROGRESS and self._stream is not None:
-            self._stream.watch(WRITE, self._on_ready)
-        else:
+        elif code != errno.EINPROGRESS:
             loop.defer(functools.partial(self._fail, code))
 
     def abort(self) -> None:
         """Nobody waits any more."""
         self._done = None
-        self._timer.cancel()
+        self._deadlines.cancel(self)
         if self._stream is not None:
             self._stream.close()
 
@@ -3982,14 +4021,15 @@ class Dial:
             return
         done, stream = self._done, self._stream
         self._done = self._stream = None
-        self._timer.cancel()
+        self._deadlines.cancel(self)
         done(stream)                           # its next owner says what to wait for
 
-    def _on_timeout(self) -> None:
+    def on_timeout(self) -> None:
+        """Called by its lane."""
         self._report(RouteError(f"Connection timeout to {self._where}"))
 
     def _fail(self, code: int) -> None:
-        self._report(RouteError(f"IO error: {os.strerror(code)} (os error {code})", hard=code in _HARD_ERRORS))
+        self._report(RouteError(f"IO error: {os.strerror(code)} (os error {code})", code=code))
 
     def _report(self, error: RouteError) -> None:
         done = self._done
@@ -3998,7 +4038,6 @@ class Dial:
             done(error)
 
 
-_HARD_ERRORS: Final = frozenset((errno.ECONNREFUSED, errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS))
 _DC_KEEPALIVE: Final = ((getattr(socket, "TCP_KEEPIDLE", 0), 40), (getattr(socket, "TCP_KEEPINTVL", 0), 40),
                         (getattr(socket, "TCP_KEEPCNT", 0), 5))           # upstream-and-relay.md D16
 
@@ -4045,6 +4084,11 @@ def tune_client(sock: socket.socket, keepalive_s: int, ack_s: int) -> None:
 OPTIONS_INHERITED: Final = sys.platform == "linux"
 
 
+def format_address(ip: str, port: int) -> str:
+    """`1.2.3.4:5` or `[2001:db8::1]:5`."""
+    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+
+
 def plain_ip(ip: str) -> str:
     """An IPv4-mapped IPv6 address as IPv4; a zone id is cut off."""
     ip = ip.partition("%")[0]
@@ -4054,32 +4098,41 @@ def plain_ip(ip: str) -> str:
 class Listener:
     """One listening socket.  on_accept(socket, peer address) is called for each connection, at most 64 a turn."""
 
-    __slots__ = ("loop", "sock", "fd", "address", "_on_accept", "_active")
+    __slots__ = ("loop", "sock", "fd", "address", "_on_accept", "_wanted", "_resting", "_active")
 
     def __init__(self, loop: Loop, sock: socket.socket, on_accept: Callable[[socket.socket, Any], None]) -> None:
         self.loop, self.sock, self.fd = loop, sock, sock.fileno()
         self.address = sock.getsockname()
         self._on_accept = on_accept
-        self._active = False
+        self._wanted = False                   # the owner wants connections
+        self._resting = False                  # accept failed a moment ago
+        self._active = False                   # in the poller: wanted and not resting
         loop.watch(self.fd, 0, self._on_ready)
 
     def resume(self) -> None:
         """Accept from now on."""
-        if not self._active and self.fd >= 0:
-            self._active = True
-            self.loop.poller.register(self.fd, READ)
+        self._wanted = True
+        self._update()
 
     def pause(self) -> None:
         """Leave further connections in the kernel's backlog."""
-        if self._active:
-            self._active = False
-            self.loop.poller.unregister(self.fd)
+        self._wanted = False
+        self._update()
 
     def close(self) -> None:
         """Stop listening; may be called twice."""
         if self.fd >= 0:
             self.loop.drop(self.sock, READ if self._active else 0)
-            self.fd, self._active = -1, False
+            self.fd, self._active, self._wanted = -1, False, False
+
+    def _update(self) -> None:
+        active = self._wanted and not self._resting
+        if active != self._active and self.fd >= 0:
+            self._active = active
+            if active:
+                self.loop.poller.register(self.fd, READ)
+            else:
+                self.loop.poller.unregister(self.fd)
 
     def _on_ready(self, _mask: int) -> None:
         for _ in range(_ACCEPT_BATCH):
@@ -4090,12 +4143,22 @@ class Listener:
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:           # EMFILE and the like: level-triggered, so go away for a moment
-                log_streams.error("Accept error: IO error: %s (os error %s)", error.strerror, error.errno)
-                self.pause()
-                self.loop.call_later(0.1, self.resume)
+                if _accept_error.ready():
+                    log_streams.error("Accept error: IO error: %s (os error %s)", error.strerror, error.errno)
+                self._resting = True
+                self._update()
+                self.loop.call_later(_ACCEPT_REST_S, self._on_rested)
                 return
             sock.setblocking(False)
             self._on_accept(sock, peer)
+
+    def _on_rested(self) -> None:
+        self._resting = False
+        self._update()
+
+
+_ACCEPT_REST_S: Final = 0.1
+_accept_error: Final = Throttle(5.0)
 
 
 def bind_tcp(ip: str, port: int, reuse_port: bool) -> socket.socket:
@@ -4172,8 +4235,7 @@ _UNKNOWN_DCS_MAX: Final = 1024                 # indices remembered and logged p
 Target: TypeAlias = "tuple[str, int]"          # IP without brackets, port
 
 
-@dataclass(frozen=True, slots=True)
-class Families:
+class Families(NamedTuple):
     """Which address families we use, and which first (upstream-and-relay.md 3.2)."""
 
     ipv4: bool
@@ -4184,11 +4246,12 @@ class Families:
 def decide_families(network: Network, detected_v4: str | None, detected_v6: str | None) -> Families:
     """Combine what is configured with what the host has a route for.
 
-    No route at all counts as both usable: a test rig or a late uplink must not keep us from trying (D15).
+    No route of a configured family counts as all of them usable: a late uplink must not keep us from trying (D15).
     """
-    blind = detected_v4 is None and detected_v6 is None
-    ipv4 = network.ipv4 and (blind or detected_v4 is not None)
-    ipv6 = network.ipv6 and (blind or detected_v6 is not None)
+    ipv4 = network.ipv4 and detected_v4 is not None
+    ipv6 = network.ipv6 and detected_v6 is not None
+    if not (ipv4 or ipv6):
+        ipv4, ipv6 = network.ipv4, network.ipv6
     if network.prefer == 6 and not ipv6:
         log_upstreams.warn("prefer=6 requested but IPv6 unavailable; falling back to IPv4")
     return Families(ipv4, ipv6, network.prefer == 6 and ipv6)
@@ -4242,7 +4305,7 @@ class DcDirectory:
         usable = [ip for ip, on in ((v4, self.families.ipv4), (v6, self.families.ipv6)) if on]
         if self.families.prefer_v6:
             usable.reverse()
-        return [(ip, DC_PORT) for ip in usable or [v4]]
+        return [(ip, DC_PORT) for ip in usable]
 
     def _note_unknown(self, dc: int, path: str) -> None:
         """Append the index to the unknown-DC file, once per index and process (2.4, D18)."""
@@ -4254,25 +4317,24 @@ class DcDirectory:
                 log_upstreams.warn("general.unknown_dc_log_path must not contain '..'; unknown DCs are not written", path=path)
             self._path_refused = True
             return
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError:
-            return
-        try:
-            os.write(fd, b"dc_idx=%d\n" % dc)
-        except OSError:
-            pass
-        finally:
-            os.close(fd)
+        try:                                   # O_NONBLOCK: a FIFO nobody reads must not hold up the loop
+            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+            with open(fd, "wb", buffering=0) as file:
+                file.write(b"dc_idx=%d\n" % dc)
+        except (OSError, ValueError) as error:
+            if not self._path_refused:
+                log_upstreams.warn("general.unknown_dc_log_path cannot be written", path=ascii(path), error=error)
+            self._path_refused = True
 
 
 class Route:
     """One enabled `[[upstreams]]` entry."""
 
-    __slots__ = ("entry", "_next_bind")
+    __slots__ = ("entry", "fails", "_next_bind")
 
     def __init__(self, entry: Upstream) -> None:
         self.entry = entry
+        self.fails = 0                         # failed cycles in a row
         self._next_bind = 0
 
     def admits(self, scope: str) -> bool:
@@ -4290,7 +4352,7 @@ class Route:
         if self.entry.bind_addresses:
             pool = [ip for ip in self.entry.bind_addresses if _is_family(ip, v6)]
             if not pool:
-                raise RouteError(f"No valid bind_addresses for target family {target[0]}:{target[1]}", hard=True)
+                raise RouteError(f"No valid bind_addresses for target family {format_address(*target)}", hard=True)
             self._next_bind += 1
             return pool[(self._next_bind - 1) % len(pool)]
         wanted = self.entry.interface
@@ -4298,7 +4360,7 @@ class Route:
             return ""
         if _is_family(wanted, v6):
             return wanted
-        raise RouteError(f"No usable address on interface {wanted} for target family {target[0]}:{target[1]}", hard=True)
+        raise RouteError(f"No usable address on interface {wanted} for target family {format_address(*target)}", hard=True)
 
 
 def _is_family(text: str, v6: bool) -> bool:
@@ -4314,7 +4376,8 @@ class Upstreams:
     def __init__(self, loop: Loop, settings: Settings, counters: Counters, families: Families) -> None:
         self.loop, self.counters = loop, counters
         self.directory = DcDirectory(families)
-        self.general, self.connect_s = settings.general, settings.timeouts.tg_connect
+        self.general = settings.general
+        self.deadlines: Lane[Dial] = loop.lane(max(1, settings.timeouts.tg_connect), Dial.on_timeout)
         self.routes = [Route(entry) for entry in settings.upstreams if entry.enabled]
         for index, entry in enumerate(settings.upstreams):
             if entry.enabled and entry.type != "direct":
@@ -4380,7 +4443,7 @@ class Cycle:
         except RouteError as error:
             self._up.loop.defer(functools.partial(self._on_dialled, error))
             return
-        self._dial = Dial(self._up.loop, ip, port, max(1, self._up.connect_s), self._on_dialled, source_ip)
+        self._dial = Dial(self._up.loop, ip, port, self._up.deadlines, self._on_dialled, source_ip)
 
     def _on_dialled(self, result: Stream | RouteError) -> None:
         general = self._up.general
@@ -4389,13 +4452,15 @@ class Cycle:
                 result.close()
             return
         if isinstance(result, Stream):
+            self._route.fails = 0
             self._end_cycle(result)
             return
         stop = result.hard and general.upstream_connect_failfast_hard_errors
         if stop:
             self._up.counters.hard_error()
         if stop or self._attempt >= general.upstream_connect_retry_attempts:
-            log_upstreams.warn("Upstream failed after retries: %s", result, attempts=self._attempt)
+            self._route.fails += 1
+            log_upstreams.warn("Upstream failed after retries: %s", result, fails=self._route.fails, attempts=self._attempt)
             self._end_cycle(result)
             return
         backoff = general.upstream_connect_retry_backoff_ms
@@ -4406,10 +4471,14 @@ class Cycle:
         self._up.counters.cycle(isinstance(result, Stream), self._attempt, int((self._up.loop.now - self._start) * 1000))
         self._finish(result)
 
+    def on_crash(self) -> None:
+        """Our own error in a step of the cycle."""
+        self._finish(RouteError("internal error"))
+
     def _finish(self, result: Stream | RouteError) -> None:
         done, self._done = self._done, None
-        if done is not None:
-            done(result)
+        if done is not None:                   # through the loop: an error in there is its owner's, not ours
+            self._up.loop.call(done, result)
 
 
 log_upstreams: Final = Log("upstreams")
@@ -4448,12 +4517,13 @@ class Connection(Protocol):
 class DirectRelay:
     """Owner of a client and a data-centre stream from hand-over to end."""
 
-    __slots__ = ("host", "ticket", "user", "client", "dc", "up", "down", "last_at", "ended")
+    __slots__ = ("host", "ticket", "user", "peer", "client", "dc", "up", "down", "octets_up", "octets_down", "last_at", "ended")
 
-    def __init__(self, host: RelayHost, ticket: Ticket, client: Stream, dc: Stream, up: Flow, down: Flow) -> None:
-        self.host, self.ticket, self.user = host, ticket, ticket.user
+    def __init__(self, host: RelayHost, ticket: Ticket, peer: str, client: Stream, dc: Stream, up: Flow, down: Flow) -> None:
+        self.host, self.ticket, self.user, self.peer = host, ticket, ticket.user, peer
         self.client, self.dc = client, dc
         self.up, self.down = up, down          # client -> dc, dc -> client
+        self.octets_up = self.octets_down = 0  # payload, without our preamble and TLS headers
         self.last_at = host.loop.now           # last byte on the client's side
         self.ended = False
 
@@ -4512,6 +4582,7 @@ class DirectRelay:
 
     def _count_up(self, size: int) -> None:
         self.last_at = self.host.loop.now
+        self.octets_up += size
         user = self.user
         user.used += size
         if self.host.count_users:
@@ -4523,6 +4594,7 @@ class DirectRelay:
 
     def _count_down(self, size: int) -> None:
         self.last_at = self.host.loop.now
+        self.octets_down += size
         user = self.user
         user.used += size
         if self.host.count_users:
@@ -4563,14 +4635,15 @@ class DirectRelay:
         """One side ended a while ago; end the session unless the other still talks."""
         if self.ended:
             return
-        if self.host.loop.now - self.last_at >= HALF_CLOSED_S:
+        left = self.last_at + HALF_CLOSED_S - self.host.loop.now
+        if left <= 0:
             self.close(None)
         else:
-            self.host.half_closed.arm(self)
+            self.host.loop.call_later(left, self.on_half_closed_timeout)
 
     def expire_idle(self, now: float) -> None:
         """Called by the sweep when the idle limit has passed."""
-        log_relay.warn("Activity timeout", user=self.user.name, c2s_bytes=self.up.sent, s2c_bytes=self.down.sent,
+        log_relay.warn("Activity timeout", user=self.user.name, c2s_bytes=self.octets_up, s2c_bytes=self.octets_down,
                        idle_secs=int(now - self.last_at))
         self.close(None)
 
@@ -4594,8 +4667,8 @@ class DirectRelay:
         self.dc.close()
         self.user.stats.current -= 1
         self.ticket.release()
-        report_end(error, user=self.user.name)
-        log_relay.debug("Relay finished", user=self.user.name, c2s_bytes=self.up.sent, s2c_bytes=self.down.sent)
+        report_end(error, peer=self.peer, user=self.user.name)
+        log_relay.debug("Relay finished", user=self.user.name, c2s_bytes=self.octets_up, s2c_bytes=self.octets_down)
         self.host.ended(self)
 
 
@@ -4603,10 +4676,10 @@ def report_end(error: Exception | None, **fields: object) -> None:
     """Log why a connection ended, as client-protocol.md 2.5 words it; None = in good order."""
     if error is None:
         return
+    if (error.errno if isinstance(error, OSError) else getattr(error, "code", 0)) in _GONE:
+        log_relay.debug("Connection closed by client", **fields)
+        return
     if isinstance(error, OSError):
-        if error.errno in _GONE:
-            log_relay.debug("Connection closed by client", **fields)
-            return
         text = f"IO error: {error.strerror} (os error {error.errno})"
     else:
         text = str(error)
@@ -4626,8 +4699,9 @@ log_relay: Final = Log("relay")
 #
 # Up to here the peer may turn out to be a stranger: that is decided and counted
 # in one place (`_stranger`), where masking will take over with the bytes read so
-# far.  One deadline runs from accept to the accepted 64-byte header.  A Routing
-# then holds the client while its limits are judged and its data centre dialled.
+# far; only after our ServerHello it gets an alert instead (LEAVING).  One
+# deadline runs from accept to the accepted 64-byte header.  A Routing then holds
+# the client while its limits are judged and its data centre dialled.
 # Source: client-protocol.md 4-10, 14.
 
 _EARLY_MAX: Final = 65_536               # client bytes kept while the data centre is being connected (upstream-and-relay.md D10)
@@ -4642,11 +4716,13 @@ class S(enum.Enum):
     HELLO = enum.auto()
     DELAY = enum.auto()
     INNER = enum.auto()
+    LEAVING = enum.auto()
     CLOSED = enum.auto()
 
 
 _MOVES: Final = {
-    S.SNIFF: {S.PLAIN, S.HELLO}, S.PLAIN: set[S](), S.HELLO: {S.DELAY}, S.DELAY: {S.INNER}, S.INNER: set[S](), S.CLOSED: set[S](),
+    S.SNIFF: {S.PLAIN, S.HELLO}, S.PLAIN: set[S](), S.HELLO: {S.DELAY}, S.DELAY: {S.INNER}, S.INNER: {S.LEAVING},
+    S.LEAVING: set[S](), S.CLOSED: set[S](),
 }                                        # every state may also move to CLOSED
 _STAGE: Final = {S.SNIFF: "first_packet_prelude", S.PLAIN: "direct_mtproto", S.HELLO: "tls_clienthello_body",
                  S.DELAY: "tls_core", S.INNER: "tls_post_serverhello_mtproto"}
@@ -4707,6 +4783,7 @@ class Fronts:
             self._when_idle(self._make_one)
 
     def _make_one(self) -> bool:
+        self._filling = False                  # should this raise, the next client tries again
         self._keys.append(self._make_key())
         self._filling = len(self._keys) < self.STOCK
         return self._filling
@@ -4745,17 +4822,15 @@ class ClientSession:
     def on_readable(self, _mask: int) -> None:
         """Called by the loop."""
         try:
-            data = self.stream.read(min(_EARLY_MAX, self.inbox.room))
+            data = self.stream.read(_EARLY_MAX if self.state is S.LEAVING else min(_EARLY_MAX, self.inbox.room))
         except OSError as error:
-            self._on_read_error(error)
-            return
-        if data is None:
-            return
-        if not data:
-            self._on_eof()
+            self._fail(Reason.RESET if error.errno in _GONE else Reason.IO_ERROR)
             return
         try:
-            self._feed(data)
+            if data == b"":
+                self._on_eof()
+            elif data is not None and self.state is not S.LEAVING:
+                self._feed(data)
         except WireError as error:
             self._stranger(error)
 
@@ -4766,8 +4841,11 @@ class ClientSession:
             for start, length in self.records.spans(data, len(data)):
                 self.inbox.append(data[start:start + length])
         self._advance()
-        if self.records is not None and self.records.closed and self.state is not S.CLOSED:
-            self._on_eof()
+        if self.records is not None and self.state is S.INNER:     # what precedes a bad record or an alert counts first
+            if self.records.failed:
+                raise self.records.failed
+            if self.records.closed:
+                self._on_eof()
 
     def _advance(self) -> None:
         """Take every step that the bytes at hand allow."""
@@ -4800,10 +4878,7 @@ class ClientSession:
             raise WireError(Reason.RESERVED_PREFIX)
         if len(self.inbox) < PREAMBLE_SIZE:
             return False
-        allowed = [Transport.ABRIDGED, Transport.INTERMEDIATE] if modes.classic else []
-        if modes.secure:
-            allowed.append(Transport.PADDED)
-        self._accept_header(self.core.doorman.users.candidates(self.ip), allowed, Reason.PLAIN_REPLAY)
+        self._accept_header(self.core.doorman.users.candidates(self.ip), plain_transports(modes), Reason.PLAIN_REPLAY)
         return False
 
     def _hello(self) -> bool:
@@ -4897,27 +4972,28 @@ class ClientSession:
         self._enter(S.CLOSED)                  # this session owns nothing any more
         routing = Routing(self, user, preamble)
         self.core.hand_over(self, routing)
-        routing.start()
+        self.core.loop.call(routing.start)     # through the loop: an error in there is its own, not ours
 
     # -- the ways to end
 
-    def _on_read_error(self, error: OSError) -> None:
-        self._fail(Reason.RESET if error.errno in _GONE else Reason.IO_ERROR)
-
     def _on_eof(self) -> None:
         if len(self.inbox) and self.state in (S.SNIFF, S.PLAIN, S.HELLO):
-            hello = self.inbox.peek(1) == _TLS_START[:1]
+            hello = self.state is not S.PLAIN and self.inbox.peek(1) == _TLS_START[:1]
             self._stranger(WireError(Reason.HELLO_TRUNCATED if hello else Reason.PLAIN_TRUNCATED))
         else:
             self._fail(Reason.EOF)
 
     def on_deadline(self) -> None:
         """`timeouts.client_handshake` seconds passed since accept."""
-        log_session.debug("Handshake timeout", peer=self.peer)
+        if self.state is not S.LEAVING:
+            log_session.debug("Handshake timeout", peer=self.peer)
         self._fail(Reason.TIMEOUT)
 
     def _fail(self, reason: Reason) -> None:
         """End without an accepted header, and without being bad (metrics.md 4.1)."""
+        if self.state is S.LEAVING:            # counted already
+            self.close(None)
+            return
         self.core.counters.failed(reason, _STAGE[self.state])
         if reason is not Reason.TIMEOUT:
             log_session.debug("Handshake failed" if reason is Reason.IO_ERROR else "Connection closed by client", peer=self.peer)
@@ -4925,16 +5001,28 @@ class ClientSession:
 
     def _stranger(self, error: WireError) -> None:
         """The peer is no client of ours.  The one place where masking will take over."""
-        reason = error.reason
-        if self.state is S.INNER:              # after our ServerHello: a fatal alert, as far as anybody can see (D10)
-            log_session.debug("Valid TLS but invalid MTProto handshake", peer=self.peer, error=error)
-            if reason is Reason.BAD_RECORD:
-                reason = Reason.BAD_INNER
-            with contextlib.suppress(OSError):
-                self.stream.write(build_fake_alert(os.urandom))
+        reason = Reason.BAD_INNER if error.reason is Reason.BAD_RECORD else error.reason
         self.core.counters.bad(reason)
         log_session.debug("Refused", peer=self.peer, reason=reason.value)
-        self.close(None)
+        if self.state is S.INNER:
+            log_session.debug("Valid TLS but invalid MTProto handshake", peer=self.peer, error=error)
+            self._say_goodbye()
+        else:
+            self.close(None)
+
+    def _say_goodbye(self) -> None:
+        """After our ServerHello: a fatal alert and FIN, as far as anybody can see (D10).
+
+        Input is thrown away until the peer ends or the deadline passes: closing with unread bytes would turn both into a RST.
+        """
+        try:
+            self.stream.write(build_fake_alert(os.urandom))
+        except OSError:
+            self.close(None)
+            return
+        self._enter(S.LEAVING)
+        self.inbox.take_all()
+        self.stream.finish()
 
     def on_crash(self) -> None:
         """Our own error in a handler: it cost this connection."""
@@ -4953,9 +5041,18 @@ class ClientSession:
         self.core.ended(self)
 
 
+def plain_transports(modes: Modes) -> list[Transport]:
+    """Transports that a plain connection may speak (client-protocol.md 5.3, D8)."""
+    allowed = [Transport.ABRIDGED, Transport.INTERMEDIATE] if modes.classic else []
+    return [*allowed, Transport.PADDED] if modes.secure else allowed
+
+
 _STEPS: Final[dict[S, Callable[[ClientSession], bool]]] = {
     S.SNIFF: ClientSession._sniff, S.PLAIN: ClientSession._plain, S.HELLO: ClientSession._hello, S.INNER: ClientSession._inner,
 }
+
+
+_LEFT: Final = ConnectionResetError(errno.ECONNRESET, "client left")
 
 
 class Routing:
@@ -4975,6 +5072,10 @@ class Routing:
     def start(self) -> None:
         """Judge the user's limits and dial."""
         name, general, dc = self.user.name, self.settings.general, self.preamble.dc
+        self.stream.watch(READ if len(self.early) < _EARLY_MAX else HANGUP, self.on_readable)
+        if self.records is not None and (self.records.failed or self.records.closed):
+            self.close(self.records.failed or _LEFT)
+            return
         try:
             self.ticket = self._admit()
         except WireError as error:
@@ -4989,7 +5090,6 @@ class Routing:
         if log_session.enabled(Level.INFO):
             log_session.info("Connecting to Telegram DC", user=name, peer=self.peer, dc=dc,
                              dc_addr=format_address(*self.cycle.where), proto=self.preamble.transport.word, mode="direct")
-        self.stream.watch(READ if len(self.early) < _EARLY_MAX else HANGUP, self.on_readable)
 
     def _admit(self) -> Ticket:
         if self.core.doorman.users.users.get(self.user.name) is not self.user:       # removed while shaking hands
@@ -5007,11 +5107,13 @@ class Routing:
             else:
                 for start, length in self.records.spans(data, len(data)):
                     self.early.append(data[start:start + length])
-        except (OSError, WireError) as error:
+        except OSError as error:
             self.close(error)
             return
-        if not data or (self.records is not None and self.records.closed):
-            self.close(ConnectionResetError(errno.ECONNRESET, "client left"))
+        if self.records is not None and self.records.failed:
+            self.close(self.records.failed)
+        elif not data or (self.records is not None and self.records.closed):
+            self.close(_LEFT)
         elif len(self.early) >= _EARLY_MAX:
             self.stream.want(HANGUP)
 
@@ -5039,10 +5141,10 @@ class Routing:
             up = UnwrapFlow(core.arena, client, dc, self.records, passes_up)
             down = WrapFlow(core.arena, dc, client, passes_down)
         early = opening.to_dc.update(preamble.from_client.update(self.early.take_all()))
-        relay = DirectRelay(core, self.ticket, client, dc, up, down)
+        relay = DirectRelay(core, self.ticket, self.peer, client, dc, up, down)
         self.closed = True
         core.hand_over(self, relay)
-        relay.start(opening.block + early, len(early))
+        core.loop.call(relay.start, opening.block + early, len(early))
 
     def on_crash(self) -> None:
         """Our own error in a handler: it cost this connection."""
@@ -5060,11 +5162,6 @@ class Routing:
         self.stream.close()
         report_end(error, peer=self.peer)
         self.core.ended(self)
-
-
-def format_address(ip: str, port: int) -> str:
-    """`1.2.3.4:5` or `[2001:db8::1]:5`."""
-    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
 
 
 log_session: Final = Log("session")
@@ -5130,7 +5227,8 @@ class Places:
 class Sweep:
     """Ends sessions that were idle too long or whose user expired, at most 10 s late (upstream-and-relay.md D23).
 
-    The timer is armed for the earliest moment one can be due, so a proxy at rest is never woken.
+    Armed for the earliest moment one can be idle too long, so a proxy at rest is not woken; only while a user that may expire
+    is connected it looks every 10 s, because the wall clock can jump.
     """
 
     def __init__(self, loop: Loop) -> None:
@@ -5144,14 +5242,16 @@ class Sweep:
         self._arm(self._due_at(relay))
 
     def _due_at(self, relay: DirectRelay) -> float:
-        """Monotonic time at which the relay breaks a rule if nothing moves."""
-        return min(relay.last_at + IDLE_LIMIT_S, self.loop.now + max(0.0, relay.user.expires_wall - time.time()))
+        """Monotonic time at which the relay has to be looked at."""
+        return relay.last_at + IDLE_LIMIT_S if relay.user.expires_wall == math.inf else self.loop.now
 
     def _arm(self, due_at: float) -> None:
-        if self._timer is None or due_at < self._timer.at:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self.loop.call_later(max(_SWEEP_S, due_at - self.loop.now), self._on_timer)
+        at = max(due_at, self.loop.now + _SWEEP_S)
+        if self._timer is not None:
+            if self._timer.at <= at:
+                return
+            self._timer.cancel()
+        self._timer = self.loop.call_later(at - self.loop.now, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -5174,7 +5274,7 @@ class Server:
 
     def __init__(self, settings: Settings, loop: Loop, backend: Backend, fd_limit: int, paths: Container[str] = ()) -> None:
         self.settings, self.loop = settings, loop
-        self.arena = Arena(backend, paths)
+        self.arena = Arena(backend, settings.general.crypto_pending_buffer, paths)
         self.counters = Counters()
         self.counters.enabled = settings.general.telemetry.core_enabled
         self.count_users = settings.general.telemetry.user_enabled
@@ -5189,9 +5289,8 @@ class Server:
         self.sweep = Sweep(loop)
         self.stopping = False
 
-    def open_listeners(self) -> list[tuple[ListenerEntry, int]]:
-        """Bind every configured TCP listener; return the ones that work, with their real port."""
-        opened = []
+    def open_listeners(self) -> Iterator[tuple[ListenerEntry, int]]:
+        """Bind every configured TCP listener, one a step; yield the ones that work, with their real port."""
         network, port = self.settings.network, self.settings.server.port
         for entry in self.settings.server.listeners:
             ip, family = str(entry.ip), entry.ip.version
@@ -5207,9 +5306,8 @@ class Server:
                 tune_client(sock, self.settings.timeouts.client_keepalive, self.settings.timeouts.client_ack)
             listener = Listener(self.loop, sock, self._on_accept)
             self.places.listeners.append(listener)
-            opened.append((entry, listener.address[1]))
             log_server.info("Listening on %s", format_address(ip, listener.address[1]))
-        return opened
+            yield entry, listener.address[1]
 
     def accept(self) -> None:
         """Let clients in."""
@@ -5406,6 +5504,7 @@ _COLORS: Final = {Level.TRACE: "\x1b[35m", Level.DEBUG: "\x1b[34m", Level.INFO: 
                   Level.ERROR: "\x1b[31m"}
 _TEXT_SPACE: Final = "\t"                       # the DC table of upstream-and-relay.md 12 has tabs
 _FDS_WANTED: Final = 4096
+_FEW_USERS: Final = 16                            # up to here a stranger's hello costs at most 0.1 ms of SHA-256
 _DEFAULT_CONFIG: Final = """\
 # Written by telemt.py on its first start.  More keys: the sample config.toml of the project.
 [general]
@@ -5430,9 +5529,9 @@ default = "{secret}"          # 32 hex characters; keep it secret, it is part of
 class Arguments(NamedTuple):
     """The command line, understood."""
 
-    config: str = "config.toml"
+    config: str = "config.toml"   # with action `usage`: what is wrong
     level: str = ""               # "" = not given
-    action: str = "run"           # run, help, version, init, or a subcommand
+    action: str = "run"           # run, help, version, init, usage, or a subcommand
 
 
 def parse_arguments(words: Sequence[str]) -> Arguments:
@@ -5452,9 +5551,13 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
             silent = True
         elif word == "--log-level":
             given = next(rest, None)
-            level = level if given is None else _LEVEL_WORDS.get(given.lower(), "normal")
+            if given is None:
+                return Arguments(action="usage", config="--log-level needs a value: debug, verbose, normal or silent")
+            level = _LEVEL_WORDS.get(given.lower(), "normal")
         elif word.startswith("--log-level="):
             level = _LEVEL_WORDS.get(word.partition("=")[2].lower(), "normal")
+        elif word in _INIT_OPTIONS or word in _INIT_FLAGS:
+            return Arguments(action="usage", config=f"{word} works only together with --init")
         elif word.startswith("-"):
             complain(f"Unknown option: {word}")
         else:
@@ -5494,8 +5597,14 @@ def write_default_config(path: str) -> None:
     """Write a short commented configuration with a random secret, readable by its owner only.  Raises OSError."""
     port = 443 if hasattr(os, "geteuid") and os.geteuid() == 0 else 8443       # below 1024 needs root
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(fd, "w", encoding="utf-8") as file:
-        file.write(_DEFAULT_CONFIG.format(port=port, domain="petrovich.ru", secret=os.urandom(16).hex()))
+    try:
+        with open(fd, "w", encoding="utf-8") as file:
+            file.write(_DEFAULT_CONFIG.format(port=port, domain="petrovich.ru", secret=os.urandom(16).hex()))
+            file.flush()
+            os.fsync(fd)
+    except OSError:                            # an empty file would start as an open proxy next time
+        os.unlink(path)
+        raise
 
 
 # -- log
@@ -5572,20 +5681,28 @@ def name_process() -> None:
         comm.write("telemt")
 
 
+def hash_with_openssl() -> None:
+    """Load OpenSSL's SHA-256, three times as fast on a ClientHello: pays for its memory where a hello is tried with many users."""
+    if sys.modules.get("_hashlib", 0) is None:
+        del sys.modules["_hashlib"]
+        importlib.reload(hashlib)
+
+
 def arm_signals(loop: Loop, stop: Callable[[], None]) -> None:
     """First SIGINT or SIGTERM: stop in order; a second one kills.  SIGHUP never kills."""
-    def on_stop() -> None:
+    def leave(*_: object) -> None:
+        os._exit(0)
+
+    def on_stop(*_: object) -> None:           # in the handler itself: the loop may be stuck, in a write to our log for one
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_DFL)
-        import threading
-        watchdog = threading.Timer(_STOP_LIMIT_S, os._exit, (0,))
-        watchdog.daemon = True
-        watchdog.start()
-        stop()
+        signal.setitimer(signal.ITIMER_REAL, _STOP_LIMIT_S)
+        loop.call_from_thread(stop)
 
+    signal.signal(signal.SIGALRM, leave)
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.on_signal(signum, on_stop)
-    loop.on_signal(signal.SIGHUP, lambda: log_cli.warn("SIGHUP ignored: this version reads its configuration only at start"))
+    loop.on_signal(signal.SIGHUP, lambda *_: log_cli.warn("SIGHUP ignored: this version reads its configuration only at start"))
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
@@ -5597,7 +5714,7 @@ def print_banner(loaded: Loaded, threshold: int, backend: Backend, poller: Polle
     modes, cert = settings.general.modes, settings.censorship
     python = ".".join(map(str, sys.version_info[:3]))
     log_cli.info("telemt.py %s (%s) crypto=%s poller=%s python=%s", VERSION, REFERENCE, backend.name, poller.name, python)
-    log_cli.info("Log level: %s", next((word for word, level in _LEVELS.items() if level == threshold), settings.general.log_level))
+    log_cli.info("Log level: %s", next((word for table in (_LEVELS, _RUST_LEVELS) for word, level in table.items() if level == threshold)))
     if colors_off:
         log_cli.info("Colors: disabled")
     log_cli.info("Modes: classic=%s secure=%s tls=%s", *(str(on).lower() for on in (modes.classic, modes.secure, modes.tls)))
@@ -5625,8 +5742,15 @@ def print_facts(server: Server) -> None:
     settings = server.settings
     v4, v6 = server.detected
     families = server.upstreams.directory.families
-    log_cli.info("Network capabilities resolved", ipv4=v4 or "-", ipv6=v6 or "-", ipv4_dc=str(families.ipv4).lower(),
-                 ipv6_dc=str(families.ipv6).lower(), prefer=6 if families.prefer_v6 else 4)
+    bogons = [ip is not None and is_bogon(ip) for ip in (v4, v6)]
+    nat = settings.general.middle_proxy_nat_ip
+    me = [usable and (not bogon or (nat is not None and nat.version == version))
+          for usable, bogon, version in zip((families.ipv4, families.ipv6), bogons, (4, 6), strict=True)]
+    words = {"ipv4_bogon": bogons[0], "ipv6_bogon": bogons[1], "ipv4_me": me[0], "ipv6_me": me[1], "ipv4_dc": families.ipv4,
+             "ipv6_dc": families.ipv6}
+    log_cli.info("Network capabilities resolved", ipv4=v4 or "-", ipv6=v6 or "-", reflected_v4="-", reflected_v6="-",
+                 **{name: str(value).lower() for name, value in words.items()}, prefer=6 if families.prefer_v6 else 4,
+                 multipath=str(settings.network.multipath and all(me)).lower())
     if settings.access.user_max_unique_ips:
         log_cli.info("IP limits configured for %d users", len(settings.access.user_max_unique_ips))
     if settings.network.dns_overrides:
@@ -5648,6 +5772,14 @@ def missing_parts(settings: Settings) -> list[str]:
         found.append("server.listen_unix_sock: unix listeners are not part of this version")
     if settings.censorship.mask:
         found.append("censorship.mask: masking is not part of this version, strangers are closed without an answer")
+    if server.proxy_protocol or any(entry.proxy_protocol for entry in server.listeners):
+        found.append("proxy_protocol: PROXY headers are not part of this version, every connection that sends one is refused")
+    if settings.general.quota_state_path:
+        found.append("general.quota_state_path: not part of this version, used octets begin at 0 with every start")
+    if settings.general.event_loop == "uvloop":
+        found.append('general.event_loop: "uvloop" is not part of this version, using auto')
+    found += [f"upstreams[{index}].interface: names are not part of this version, use a local IP; its connections fail"
+              for index, entry in enumerate(settings.upstreams) if entry.enabled and entry.interface and parse_ip(entry.interface) is None]
     return found
 
 
@@ -5660,15 +5792,17 @@ def start_control_plane(settings: Settings) -> None:
             log_cli.warn("control plane not started: %s is missing", error.name)
 
 
-def print_all_links(server: Server, opened: list[tuple[ListenerEntry, int]]) -> None:
-    """The link blocks of config.md 5.4: one per listener, or one for `links.public_host`."""
-    settings = server.settings
+def open_with_links(server: Server) -> bool:
+    """Open the listeners, each with its link block, or one block for `links.public_host` (config.md 5.4); False if none works."""
+    settings, ports = server.settings, list[int]()
     links = settings.general.links
-    if links.public_host is not None:
-        print_links(settings, links.public_host, links.public_port or settings.server.port)
-        return
-    for entry, port in opened:
-        print_links(settings, link_host(entry, server.detected, settings), links.public_port or port)
+    for entry, port in server.open_listeners():
+        ports.append(port)
+        if links.public_host is None:
+            print_links(settings, link_host(entry, server.detected, settings), port if links.public_port is None else links.public_port)
+    if ports and links.public_host is not None:
+        print_links(settings, links.public_host, ports[0] if links.public_port is None else links.public_port)
+    return bool(ports)
 
 
 def run(arguments: Arguments) -> int:
@@ -5689,26 +5823,33 @@ def run(arguments: Arguments) -> int:
     except ConfigError as error:
         complain(f"[telemt] {'Invalid config' if error.invalid else 'Error'}: {error}")
         return 1
-    if os.getcwd() == "/":                     # a service manager's default: relative state files belong beside the config
-        os.chdir(os.path.dirname(os.path.abspath(path)))
+    with contextlib.suppress(OSError):         # our directory may be gone
+        if os.getcwd() == "/":                 # a service manager's default: relative state files belong beside the config
+            os.chdir(os.path.dirname(os.path.abspath(path)))
     return serve(loaded, arguments)
 
 
 def serve(loaded: Loaded, arguments: Arguments) -> int:
     """Open everything in the order of config.md 8 item 13 and turn the loop."""
     settings = loaded.settings
+    if sys.stdout is None:                     # started with it closed
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - lives as long as we do
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")      # a name that the terminal cannot show must not end the log
     colors = sys.stdout.isatty() and "NO_COLOR" not in os.environ and not settings.general.disable_colors
     threshold = chosen_level(arguments.level, settings.general.log_level)
     LogBook.sink, LogBook.now, LogBook.threshold = LogSink(colors), time.monotonic, Level.INFO
     loop = Loop(pick_poller(settings.general.event_loop), time.monotonic)
-    stops: list[Callable[[], None]] = [loop.stop]      # before the server exists a stop just leaves
-    arm_signals(loop, lambda: stops[-1]())
+    server: Server | None = None
+    arm_signals(loop, lambda: server.stop() if server is not None else loop.stop())
     try:
         backend = pick_backend(os.environ.get("TELEMT_CRYPTO", ""), log_cli.debug)
     except ConfigError as error:
         complain(f"[telemt] Error: {error}")
         return 1
     print_banner(loaded, threshold, backend, loop.poller, settings.general.disable_colors)
+    if len(settings.access.users) > _FEW_USERS:
+        hash_with_openssl()
     name_process()
     fd_limit = raise_fd_limit()
     server = Server(settings, loop, backend, fd_limit, os.environ.get("TELEMT_PATHS", "").split(","))
@@ -5716,13 +5857,10 @@ def serve(loaded: Loaded, arguments: Arguments) -> int:
     for text in missing_parts(settings):
         log_cli.warn("%s", text)
     start_control_plane(settings)
-    opened = server.open_listeners()
-    print_all_links(server, opened)
-    if not opened:
+    if not open_with_links(server):
         log_cli.error("No listeners. Exiting.")
         return 1
     LogBook.threshold = threshold
-    stops.append(server.stop)
     server.accept()
     gc.collect()
     gc.freeze()                                # what lives as long as the process need not be walked again
@@ -5740,6 +5878,9 @@ def main(words: Sequence[str]) -> int:
     if arguments.action == "help":
         complain(USAGE.rstrip())
         return 0
+    if arguments.action == "usage":
+        complain(f"telemt.py: {arguments.config}\n{USAGE.rstrip()}")
+        return 2
     if arguments.action == "version":
         print(f"telemt.py {VERSION} ({REFERENCE})")
         return 0
@@ -5871,7 +6012,7 @@ def parse_init(words: Sequence[str]) -> InitRequest:
         raise ConfigError("Secret must be exactly 32 hex characters", prefix=False)
     if not _USER_NAME.fullmatch(values["--user"]):
         raise ConfigError("User name must be 1..64 characters of A-Z a-z 0-9 _ . -", prefix=False)
-    if not values["--domain"] or re.search(r"[\s/\"'\\]", values["--domain"]):
+    if not values["--domain"] or re.search(r"[\s/\"'\\\x00-\x1f\x7f]", values["--domain"]):
         raise ConfigError("Domain must not contain whitespace, '/' or quotes", prefix=False)
     port = values["--port"]
     number = int(port) if port.isascii() and port.isdigit() and int(port) < 65_536 else 443
@@ -5894,6 +6035,7 @@ def init(words: Sequence[str]) -> int:
     try:
         os.makedirs(request.config_dir, exist_ok=True)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.fchmod(fd, 0o600)                   # it may have been there before
         with open(fd, "w", encoding="utf-8") as file:
             file.write(_INIT_CONFIG.format(user=request.user, port=request.port, domain=request.domain, secret=request.secret))
     except OSError as error:
@@ -5910,7 +6052,8 @@ def init(words: Sequence[str]) -> int:
 def install_unit(request: InitRequest, path: str) -> None:
     """Write the systemd unit and start it; what fails is printed, and nothing of it is fatal."""
     script = os.path.abspath(main.__code__.co_filename)
-    unit = _INIT_UNIT.format(python=sys.executable, script=script, config=path, config_dir=request.config_dir)
+    unit = _INIT_UNIT.format(python=unit_word(sys.executable), script=unit_word(script), config=unit_word(path),
+                             config_dir=unit_word(request.config_dir))
     try:
         with open(_UNIT_PATH, "w", encoding="utf-8") as file:
             file.write(unit)
@@ -5924,6 +6067,12 @@ def install_unit(request: InitRequest, path: str) -> None:
     if request.start:
         time.sleep(1)
         run_systemctl(["is-active", "telemt.service"])
+
+
+def unit_word(text: str) -> str:
+    """A path as one word of a systemd unit (systemd.syntax(7)): specifiers doubled, quoted where it must be."""
+    text = text.replace("%", "%%")
+    return text if re.fullmatch(r"[A-Za-z0-9_@%+=:,./-]+", text) else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def run_systemctl(words: list[str]) -> None:

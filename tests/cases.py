@@ -188,7 +188,7 @@ class FakeCore:
     def __init__(self, text="", paths=()):
         self.loop = TestLoop()
         self.settings = settings_of(text)
-        self.backend, self.arena, self.counters = BACKEND, telemt.Arena(BACKEND, paths), telemt.Counters()
+        self.backend, self.arena, self.counters = BACKEND, telemt.Arena(BACKEND, paths=paths), telemt.Counters()
         self.doorman = telemt.Doorman(BACKEND)
         self.doorman.apply(self.settings.access)
         self.upstreams = FakeUpstreams(self.loop)

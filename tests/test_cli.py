@@ -14,13 +14,20 @@ from tests.cases import SECRET
     ([], Arguments()), (["a.toml"], Arguments("a.toml")), (["a", "b"], Arguments("b")), (["-s", "x"], Arguments("x", "silent")),
     (["--silent", "--log-level", "debug"], Arguments(level="silent")), (["--log-level", "DEBUG"], Arguments(level="debug")),
     (["--log-level=quiet"], Arguments(level="silent")), (["--log-level=info"], Arguments(level="normal")),
-    (["--log-level", "nonsense"], Arguments(level="normal")), (["--log-level"], Arguments()),
+    (["--log-level", "nonsense"], Arguments(level="normal")),
     (["--log-level=debug", "--log-level=silent"], Arguments(level="silent")), (["-h"], Arguments(action="help")),
     (["x", "--version"], Arguments(action="version")), (["-V"], Arguments(action="version")), (["x", "--init"], Arguments(action="init")),
     (["check"], Arguments(action="check")), (["x", "check"], Arguments("check")), (["./check"], Arguments("./check")),
 ])
 def test_arguments(words, arguments):
     assert parse_arguments(words) == arguments
+
+
+@pytest.mark.parametrize("words", [["--log-level"], ["--port", "9000"], ["x.toml", "--force"], ["--user", "a"]])
+def test_command_lines_that_cannot_be_meant(words, capsys):
+    """Found by review: `--port 9000` wrote a configuration named 9000."""
+    assert telemt.main(words) == 2
+    assert "usage:" in capsys.readouterr().err
 
 
 def test_unknown_option_is_reported_and_ignored(capsys):
@@ -84,6 +91,17 @@ def test_default_config_is_private_random_and_loads(tmp_path):
         telemt.write_default_config(str(paths[0]))
 
 
+def test_a_default_config_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    """Found by review: an empty file was left, and the next start served everybody."""
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(telemt.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        telemt.write_default_config(str(tmp_path / "x.toml"))
+    assert os.listdir(tmp_path) == []
+
+
 def test_includes_are_read_beside_the_including_file(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "main.toml").write_text('\ufeffinclude = "sub/users.toml"\n', encoding="utf-8")
@@ -135,6 +153,33 @@ def test_init_writes_config_and_unit(tmp_path, monkeypatch, capsys):
         assert line in unit
     assert telemt.main(words) == 1 and "use --force to overwrite" in capsys.readouterr().err
     assert telemt.main([*words, "--force"]) == 0
+
+
+def test_init_tightens_a_file_that_was_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(telemt, "_UNIT_PATH", str(tmp_path / "missing" / "telemt.service"))
+    path = tmp_path / "config.toml"
+    path.write_text("")
+    path.chmod(0o644)
+    assert telemt.main(["--init", "--force", "--config-dir", str(tmp_path)]) == 0
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(("text", "word"), [
+    ("/etc/telemt", "/etc/telemt"), ("/a b", '"/a b"'), ("/50%", "/50%%"), ('/a"b', '"/a\\"b"'),
+])
+def test_words_of_a_unit(text, word):
+    assert telemt.unit_word(text) == word
+
+
+@pytest.mark.parametrize(("level", "words"), [("debug", "debug"), ("error", "error")])
+def test_the_banner_names_the_level_in_force(monkeypatch, level, words):
+    monkeypatch.setenv("RUST_LOG", level)
+    lines = []
+    monkeypatch.setattr(telemt.LogBook, "sink", lambda _level, _target, text: lines.append(text))
+    monkeypatch.setattr(telemt.LogBook, "threshold", Level.INFO)
+    loaded = telemt.parse_settings(telemt.parse_document(""), telemt.Draws(lambda: 1500))
+    telemt.print_banner(loaded, chosen_level("", "normal"), telemt.pick_backend(), telemt.pick_poller("auto"), False)
+    assert "Log level: " + {"debug": "verbose"}.get(words, words) in lines
 
 
 def test_init_without_systemd_prints_the_unit(tmp_path, monkeypatch, capsys):

@@ -48,6 +48,14 @@ def test_lane_rearm_moves_and_cancel_forgets(loop):
     assert fired == ["a"]
 
 
+def test_patience_fits_what_epoll_can_count(loop):
+    """Found by review: a timeout of 30 days ended the process."""
+    loop.call_later(3_000_000, lambda: None)
+    assert loop._patience() == 86_400.0
+    loop.turn(86_400)
+    assert loop._patience() == 86_400.0
+
+
 def test_call_later_and_cancel(loop):
     fired = []
     loop.call_later(2.0, lambda: fired.append("late"))
@@ -212,7 +220,7 @@ def test_offload_brings_result_or_exception_back_to_the_loop_thread():
 def test_signal_is_delivered_on_the_loop():
     before = signal.getsignal(signal.SIGUSR1)
     loop = Loop(pick_poller("auto"), telemt.time.monotonic)
-    loop.on_signal(signal.SIGUSR1, loop.stop)
+    loop.on_signal(signal.SIGUSR1, lambda *_: loop.stop())
     loop.call_later(20, lambda: os._exit(3))
     loop.defer(lambda: os.kill(os.getpid(), signal.SIGUSR1))
     loop.run()

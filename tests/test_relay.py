@@ -160,7 +160,7 @@ def test_idle_report(make_rig, logged):
     rig.loop.turn(1801)
     rig.relay.expire_idle(rig.loop.now)
     assert rig.relay.ended
-    assert any(text.startswith("Activity timeout user=alice c2s_bytes=67 s2c_bytes=0 idle_secs=1801") for _, text in logged)
+    assert any(text.startswith("Activity timeout user=alice c2s_bytes=3 s2c_bytes=0 idle_secs=1801") for _, text in logged)
 
 
 def test_drain_lets_queued_bytes_out_and_reads_no_more(make_rig):

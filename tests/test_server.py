@@ -56,7 +56,7 @@ def test_cap_follows_the_fd_limit(fds, cap):
 
 def test_accepting_stops_at_the_cap_and_goes_on_below(make_server, logged):
     server = make_server()
-    server.open_listeners()
+    list(server.open_listeners())
     server.accept()
     server.places.cap = 2
     clients = [client_of(server) for _ in range(4)]
@@ -86,7 +86,7 @@ def relay_of(server, monkeypatch):
 
 def test_idle_server_has_no_deadline_before_the_idle_limit(make_server, monkeypatch):
     server = make_server(LOCAL + "[general.modes]\nsecure = true\n")
-    server.open_listeners()
+    list(server.open_listeners())
     server.accept()
     client, far = relay_of(server, monkeypatch)
     assert len(server.sweep.relays) == 1
@@ -98,7 +98,7 @@ def test_idle_server_has_no_deadline_before_the_idle_limit(make_server, monkeypa
 
 def test_sweep_ends_idle_sessions(make_server, monkeypatch, logged):
     server = make_server(LOCAL + "[general.modes]\nsecure = true\n")
-    server.open_listeners()
+    list(server.open_listeners())
     server.accept()
     client, far = relay_of(server, monkeypatch)
     server.loop.turn(1799)
@@ -112,7 +112,7 @@ def test_sweep_ends_idle_sessions(make_server, monkeypatch, logged):
 def test_sweep_ends_expired_sessions(make_server, monkeypatch, logged):
     until = datetime.datetime.fromtimestamp(time.time() + 30, datetime.UTC).isoformat()
     server = make_server(f'{LOCAL}[general.modes]\nsecure = true\n[access.user_expirations]\nalice = "{until}"\n')
-    server.open_listeners()
+    list(server.open_listeners())
     server.accept()
     client, far = relay_of(server, monkeypatch)
     server.loop.turn(29)
@@ -124,9 +124,29 @@ def test_sweep_ends_expired_sessions(make_server, monkeypatch, logged):
     far.close()
 
 
+def test_a_session_expires_within_ten_seconds_whatever_comes_and_the_clock_does(make_server, monkeypatch):
+    """Found by review: every newcomer put the sweep off, and a clock that jumped was not noticed for half an hour."""
+    until = datetime.datetime.fromtimestamp(time.time() + 3600, datetime.UTC).isoformat()
+    server = make_server(f'{LOCAL}[general.modes]\nsecure = true\n[access.user_expirations]\nalice = "{until}"\n')
+    list(server.open_listeners())
+    server.accept()
+    client, far = relay_of(server, monkeypatch)
+    (relay,) = server.sweep.relays
+    jumped = time.time() + 7200
+    monkeypatch.setattr(telemt.time, "time", lambda: jumped)
+    for _ in range(9):
+        server.sweep.add(relay)
+        server.loop.turn(1)
+        assert server.sweep.relays
+    server.loop.turn(1)
+    assert not server.sweep.relays
+    client.close()
+    far.close()
+
+
 def test_stop_closes_everything_and_leaves_the_loop(make_server, monkeypatch, logged):
     server = make_server(LOCAL + "[general.modes]\nsecure = true\n")
-    server.open_listeners()
+    list(server.open_listeners())
     server.accept()
     client, far = relay_of(server, monkeypatch)
     other = client_of(server)
@@ -144,7 +164,7 @@ def test_family_gates_and_addresses_in_use(make_server, logged):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         server = make_server(f'[server]\nport = {port}\n[[server.listeners]]\nip = "127.0.0.1"\n[[server.listeners]]\nip = "::1"\n')
-        assert server.open_listeners() == []
+        assert list(server.open_listeners()) == []
     texts = [text for _, text in logged]
     assert "Skipping IPv6 listener: IPv6 disabled by [network] addr=::1" in texts
     assert any(text.startswith("Failed to bind: address already in use") and "pid=" in text for text in texts)
@@ -154,7 +174,7 @@ def test_family_gates_and_addresses_in_use(make_server, logged):
 def test_accepted_clients_have_their_options(make_server):
     """On Linux they are inherited from the listener."""
     server = make_server(LOCAL + "[timeouts]\nclient_keepalive = 77\nclient_ack = 99\n")
-    server.open_listeners()
+    list(server.open_listeners())
     server.accept()
     client = client_of(server)
     (session,) = server.places.owners
@@ -170,7 +190,7 @@ def test_reuse_port_lets_two_share(make_server):
     first = make_server(LOCAL.replace('"127.0.0.1"', '"127.0.0.1"\nreuse_allow = true'))
     (_, port), = first.open_listeners()
     second = make_server(f'[server]\nport = {port}\n[[server.listeners]]\nip = "127.0.0.1"\nreuse_allow = true\n')
-    assert second.open_listeners()
+    assert list(second.open_listeners())
 
 
 # -- links

@@ -7,7 +7,7 @@ import pytest
 
 import telemt
 from telemt import Reason
-from tests.cases import SECRET, FakeCore, client_preamble, load_vector, read_all, signed_hello
+from tests.cases import SECRET, FakeCore, client_preamble, load_vector, read_all, signed_hello, tcp_pair
 
 ALL_MODES = "[general.modes]\nclassic = true\nsecure = true\ntls = true\n"
 
@@ -138,7 +138,7 @@ def test_strangers_get_nothing_and_are_counted_once(make_core, text, sent, reaso
 
 @pytest.mark.parametrize(("sent", "reason"), [
     (b"\x16", Reason.HELLO_TRUNCATED), (b"\x16\x03\x01\x02\x00abc", Reason.HELLO_TRUNCATED),
-    (b"A", Reason.PLAIN_TRUNCATED), (b"A" * 63, Reason.PLAIN_TRUNCATED), (b"", None),
+    (b"A", Reason.PLAIN_TRUNCATED), (b"A" * 63, Reason.PLAIN_TRUNCATED), (b"", None), (b"\x16\x00ab", Reason.PLAIN_TRUNCATED),
 ])
 def test_end_of_stream_before_a_decision(make_core, sent, reason):
     core = make_core()
@@ -400,6 +400,91 @@ def test_a_crash_costs_one_session(make_core, monkeypatch):
     assert len(core.owners) == 1
     client.close()
     other.close()
+
+
+@pytest.mark.parametrize("where", ["connect_dc", "make_dc_preamble", "relay"])
+def test_a_crash_while_routing_costs_the_connection_at_once(make_core, monkeypatch, where):
+    """Found by review: the error was blamed on an owner that had already let go, and the place was lost."""
+    core = make_core()
+
+    def fail(*_, **__):
+        raise ZeroDivisionError("planted")
+
+    if where == "connect_dc":
+        monkeypatch.setattr(core.upstreams, "connect_dc", fail)
+    elif where == "make_dc_preamble":
+        monkeypatch.setattr(telemt, "make_dc_preamble", fail)
+    else:
+        monkeypatch.setattr(telemt.CopyFlow, "push", fail)
+    client = core.connect()
+    client.sendall(client_preamble()[0])
+    core.loop.settle()
+    if where != "connect_dc":
+        near, far = tcp_pair()
+        core.loop.call(core.upstreams.waiting.pop(0), telemt.Stream(core.loop, near))
+        far.close()
+        if where == "make_dc_preamble":
+            near.close()
+    core.loop.settle()
+    assert read_all(client)[1] and core.finished == 1 and not core.owners
+    client.close()
+
+
+def test_alert_is_read_although_input_waits(make_core):
+    """Found by review: closing with unread bytes turns the alert into a reset (D10)."""
+    core = make_core()
+    client = core.connect()
+    client.sendall(signed_hello())
+    core.loop.settle()
+    read_all(client)
+    flood = record(b"A" * 64) + bytes(300_000)
+    data, ended = b"", False
+    while flood:
+        with contextlib.suppress(BlockingIOError):
+            flood = flood[client.send(flood):]
+        core.loop.turn()
+    core.loop.settle()
+    data, ended = read_all(client)
+    assert (data[:5], len(data), ended) == (b"\x17\x03\x03\x00\x13", 24, True)
+    assert core.owners, "it waits for the peer to end"
+    client.shutdown(socket.SHUT_WR)
+    core.loop.settle()
+    assert not core.owners and core.counters.connections_bad_total == 1 and not core.counters.failures_by_class
+
+
+def test_goodbye_ends_with_the_deadline(make_core):
+    core = make_core()
+    client = core.connect()
+    client.sendall(signed_hello())
+    core.loop.settle()
+    client.sendall(record(b"A" * 64))
+    core.loop.settle()
+    assert core.owners
+    core.loop.turn(31)
+    core.loop.settle()
+    assert not core.owners and not core.counters.failures_by_class
+    client.close()
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("behind", [b"\x16\x03\x03\x00\x01a", b"\x15\x03\x03\x00\x02\x01\x00"], ids=["bad-record", "alert"])
+def test_what_follows_the_header_is_judged_after_it(make_core, behind, together):
+    """Found by review: the result depended on where the stream was cut."""
+    core = make_core()
+    client = core.connect()
+    client.sendall(signed_hello())
+    core.loop.settle()
+    read_all(client)
+    head = record(client_preamble()[0])
+    if together:
+        client.sendall(head + behind)
+    else:
+        client.sendall(head)
+        core.loop.settle()
+        client.sendall(behind)
+    assert outcome(core, client) == (b"", True, None)
+    assert not core.counters.failures_by_class and core.doorman.users.users["alice"].sessions == 0
+    client.close()
 
 
 @pytest.mark.parametrize("state", list(telemt.S))

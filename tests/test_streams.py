@@ -28,7 +28,7 @@ class Bench:
 
     def __init__(self, loop, make_flow, paths=(), buffer=None):
         self.loop = loop
-        self.arena = Arena(BACKEND, paths)
+        self.arena = Arena(BACKEND, paths=paths)
         self.far, source = tcp_pair()
         sink, self.near = tcp_pair(buffer)
         self.source, self.sink = Stream(loop, source), Stream(loop, sink)
@@ -251,6 +251,29 @@ def test_a_slow_sink_pauses_the_source_and_bounds_what_is_kept(loop):
     bench.dispose()
 
 
+@pytest.mark.parametrize(("pending", "quantum"), [(0, 65_536), (100, 16_384), (65_536, 65_536), (262_144, 262_144), (1 << 30, 1 << 20)])
+def test_pending_buffer_bounds_the_reads_for_a_slow_sink(pending, quantum):
+    assert telemt.QUANTA[Arena(BACKEND, pending).patient_level] == quantum
+
+
+@pytest.mark.parametrize("broken", ["in", "out"])
+def test_a_kernel_that_refuses_to_splice_is_copied_for(loop, monkeypatch, broken):
+    """Found by review: EINVAL from splice(2) ended every bulk session."""
+    real, calls = os.splice, []
+
+    def splice(source, target, *args, **more):
+        calls.append((source, target))
+        if broken == "in" or len(calls) % 2 == 0:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(source, target, *args, **more)
+
+    monkeypatch.setattr(os, "splice", splice)
+    data = random.Random(3).randbytes(9_000_000)
+    bench = Bench(loop, CopyFlow)
+    assert bench.pump(data) == data and not bench.arena.can_splice and len(calls) <= 2
+    bench.dispose()
+
+
 def test_stream_wants_nothing_when_it_is_paused(loop):
     one, two = tcp_pair()
     stream = Stream(loop, one)
@@ -267,9 +290,9 @@ def test_stream_wants_nothing_when_it_is_paused(loop):
 # -- dialling, listening
 
 
-def dialled(loop, *args, turns=50):
+def dialled(loop, ip, port, seconds, turns=50):
     found = []
-    dial = Dial(loop, *args, found.append)
+    dial = Dial(loop, ip, port, loop.lane(seconds, Dial.on_timeout), found.append)
     for _ in range(turns):
         if found:
             break
@@ -280,7 +303,6 @@ def dialled(loop, *args, turns=50):
 def test_dial_connects(loop):
     with socket.create_server(("127.0.0.1", 0)) as server:
         _, (stream,) = dialled(loop, "127.0.0.1", server.getsockname()[1], 5.0)
-        assert stream.local_address() == "127.0.0.1"
         assert stream.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
         stream.close()
         loop.turn()
@@ -296,10 +318,11 @@ def test_dial_reports_refusal_as_hard(loop):
 
 def test_dial_gives_up_after_its_time(loop, monkeypatch):
     monkeypatch.setattr(telemt.Stream, "watch", lambda self, mask, handler: None)
+    monkeypatch.setattr(socket.socket, "connect_ex", lambda self, address: errno.EINPROGRESS)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         found = []
-        Dial(loop, "127.0.0.1", port, 3.0, found.append)
+        Dial(loop, "127.0.0.1", port, loop.lane(3.0, Dial.on_timeout), found.append)
         loop.turn(2.9)
         assert not found
         loop.turn(0.2)
@@ -309,7 +332,7 @@ def test_dial_gives_up_after_its_time(loop, monkeypatch):
 def test_aborted_dial_says_nothing(loop):
     with socket.create_server(("127.0.0.1", 0)) as server:
         found = []
-        Dial(loop, "127.0.0.1", server.getsockname()[1], 3.0, found.append).abort()
+        Dial(loop, "127.0.0.1", server.getsockname()[1], loop.lane(3.0, Dial.on_timeout), found.append).abort()
         loop.turn(5.0)
     assert not found and not loop.handlers.keys() - {loop._bell.fileno()}
 
@@ -321,6 +344,21 @@ def test_dial_without_descriptors_is_an_error_not_a_crash(loop, monkeypatch):
     monkeypatch.setattr(telemt, "_open_socket", no_socket)
     _, (error,) = dialled(loop, "127.0.0.1", 1, 5.0)
     assert str(error) == "IO error: Too many open files (os error 24)"
+
+
+def test_listener_that_rests_is_not_woken_against_its_owner(loop):
+    """Found by review: the pause after EMFILE ended a pause at the connection cap."""
+    listener = Listener(loop, bind_tcp("127.0.0.1", 0, False), lambda sock, peer: None)
+    listener.resume()
+    listener._resting = True
+    listener._update()
+    listener.pause()
+    listener._on_rested()
+    assert listener.fd not in loop.poller.masks
+    listener.resume()
+    assert listener.fd in loop.poller.masks
+    listener.close()
+    loop.turn()
 
 
 def test_listener_pauses_on_emfile_and_comes_back(loop, monkeypatch):

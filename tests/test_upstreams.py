@@ -1,4 +1,5 @@
 """Room 15: which address a data-centre index means, and what a connect cycle does and counts."""
+import os
 import socket
 
 import pytest
@@ -79,6 +80,16 @@ def test_unknown_dc_file_gets_each_index_once(tmp_path, warnings):
     assert path.read_text() == "dc_idx=77\ndc_idx=-78\n" and path.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("path", ["fifo", "nul\\u0000byte", "no/such/directory"])
+def test_unknown_dc_file_that_cannot_be_written_is_one_warning(tmp_path, warnings, path):
+    """Found by review: a NUL in the path was a crash, a FIFO held up the loop."""
+    os.mkfifo(tmp_path / "fifo")
+    directory = DcDirectory(V4)
+    for dc in (77, 78):
+        directory.targets(dc, settings_of(f'[general]\nunknown_dc_log_path = "{tmp_path}/{path}"'))
+    assert sum("cannot be written" in text for text in warnings) == 1
+
+
 def test_unknown_dc_file_refuses_dots_and_links(tmp_path, warnings):
     (tmp_path / "real").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -103,6 +114,7 @@ def test_parse_target_refuses(text):
     ("ipv6 = true\nprefer = 6", "1.2.3.4", "2001:4860::1", Families(True, True, True)),
     ("ipv6 = true\nprefer = 6", "1.2.3.4", None, Families(True, False, False)),
     ("ipv6 = true", None, None, Families(True, True, False)),
+    ("ipv4 = false\nipv6 = true\nprefer = 6", "1.2.3.4", None, Families(False, True, True)),
 ])
 def test_families(text, v4, v6, families, warnings):
     assert decide_families(settings_of(f"[network]\n{text}").network, v4, v6) == families
@@ -116,12 +128,15 @@ class FakeDial:
 
     made: list = []
 
-    def __init__(self, loop, ip, port, timeout_s, done, source_ip=""):
-        self.where, self.timeout_s, self.done, self.source_ip, self.aborted = (ip, port), timeout_s, done, source_ip, False
+    def __init__(self, loop, ip, port, deadlines, done, source_ip=""):
+        self.where, self.timeout_s, self.done, self.source_ip, self.aborted = (ip, port), deadlines.seconds, done, source_ip, False
         FakeDial.made.append(self)
 
     def abort(self):
         self.aborted = True
+
+    def on_timeout(self):
+        raise AssertionError("the test ends its dials itself")
 
 
 @pytest.fixture
@@ -165,7 +180,7 @@ def test_cycle_retries_on_the_next_address_and_gives_up(loop, dials, warnings):
     loop.turn(0.2)
     assert [dial.where for dial in dials] == [("1.1.1.1", 1), ("2.2.2.2", 2), ("1.1.1.1", 1)]
     dials[2].done(REFUSED)
-    assert found == [REFUSED] and warnings == [f"Upstream failed after retries: {REFUSED} attempts=3"]
+    assert found == [REFUSED] and warnings == [f"Upstream failed after retries: {REFUSED} fails=1 attempts=3"]
     counters = ways.counters
     assert (counters.connect_attempt_total, counters.connect_fail_total, counters.connect_attempts) == (3, 1, [0, 0, 1, 0])
     assert counters.connect_fail_ms == [0, 1, 0, 0]

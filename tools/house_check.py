@@ -66,7 +66,7 @@ class Policy:
     lazy: frozenset[str] = frozenset()           # modules that may be imported inside a function
     print_room: str = "cli"
     fd_room: str = "streams"
-    table_room: str = "settings"                 # frozen dataclasses here are the tables of keys: no attribute limit
+    table_room: str = "settings"                 # Tables here hold the keys: no attribute limit
     long_functions: Reasons = field(default_factory=dict)
     big_classes: Reasons = field(default_factory=dict)
     catch_all: Reasons = field(default_factory=dict)
@@ -368,10 +368,9 @@ def assigned_to(function: FunctionNode, this: str) -> Iterator[str]:
 
 
 def is_settings_table(book: Book, node: ast.ClassDef) -> bool:
-    """True for a frozen dataclass in the room of the settings."""
-    frozen = any(isinstance(d, ast.Call) and isinstance(d.func, ast.Name) and d.func.id == "dataclass"
-                 and any(k.arg == "frozen" for k in d.keywords) for d in node.decorator_list)
-    return frozen and book.room_of(node.lineno) == book.policy.table_room
+    """True for a table of keys in the room of the settings."""
+    of_keys = any(isinstance(base, ast.Name) and base.id == "Table" for base in node.bases)
+    return of_keys and book.room_of(node.lineno) == book.policy.table_room
 
 
 def rule_class_size(book: Book) -> Iterator[Finding]:

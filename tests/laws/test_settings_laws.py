@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import fields
 from typing import Any
 
 from hypothesis import given
@@ -46,7 +45,7 @@ def values_of(key: Key) -> st.SearchStrategy[Any]:
 
 
 def table_of(cls: type[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    keys = {item.name: item.metadata["key"] for item in fields(cls)}
+    keys = cls.members
     required = {name: values_of(key) for name, key in keys.items() if key.required}
     return st.fixed_dictionaries(required, optional={name: values_of(key) for name, key in keys.items() if not key.required})
 
@@ -84,12 +83,12 @@ def load(document: dict[str, Any]) -> telemt.Loaded | None:
 def written(table: Any) -> dict[str, Any]:
     """The document that says explicitly what `table` holds."""
     document = {}
-    for item in fields(table):
-        key, value = item.metadata["key"], getattr(table, item.name)
+    for name, key in table.members.items():
+        value = getattr(table, name)
         if key.table is not None:
-            document[item.name] = [written(entry) for entry in value] if key.many else written(value)
+            document[name] = [written(entry) for entry in value] if key.many else written(value)
         elif value is not None:
-            document[item.name] = telemt.as_json(value)
+            document[name] = telemt.as_json(value)
     return document
 
 
