@@ -47,7 +47,7 @@ def test_unknown_option_is_named_and_ignored(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize(("args", "env", "least"), [
-    ([], {}, "DEBUG"), (["--log-level"], {}, "DEBUG"), (["--log-level=VERBOSE"], {}, "DEBUG"), (["--log-level", "normal"], {}, "INFO"),
+    ([], {}, "DEBUG"), (["--log-level=VERBOSE"], {}, "DEBUG"), (["--log-level", "normal"], {}, "INFO"),
     (["--log-level", "silent", "--log-level", "info"], {}, "INFO"), (["--silent"], {}, "WARN"),
     (["-s", "--log-level", "debug"], {}, "WARN"),
     (["--log-level=debug"], {"RUST_LOG": "warn"}, "WARN"), ([], {"RUST_LOG": "telemt=info"}, "INFO"),
