@@ -1753,18 +1753,17 @@ class _Evp:
     """
 
     __slots__ = ("address", "new", "free", "ctr", "cbc", "encrypt_init", "encrypt_update", "decrypt_init", "decrypt_update",
-                 "set_padding", "_written", "written_at")
+                 "set_padding", "_written", "written_at", "keys")
 
     def __init__(self) -> None:
         import ctypes
         library = _open_libcrypto(ctypes.PyDLL)
+        try:
+            self.keys: _EvpKeys | None = _EvpKeys(library)
+        except (AttributeError, InternalError):                # older than 1.1.1, or FIPS mode
+            self.keys = None
         pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
-
-        def declare(name: str, result: Any, *arguments: Any) -> Any:
-            function = library[name]
-            function.restype, function.argtypes = result, arguments
-            return function
-
+        declare = functools.partial(_declare, library)
         self.new = declare("EVP_CIPHER_CTX_new", pointer)
         self.free = declare("EVP_CIPHER_CTX_free", None, pointer)
         self.ctr = self._checked(declare("EVP_aes_256_ctr", pointer)())
@@ -1801,6 +1800,42 @@ class _Evp:
             self.free(context)
             raise InternalError("libcrypto: EVP init failed")
         return context
+
+
+def _declare(library: Any, name: str, result: Any, *arguments: Any) -> Any:
+    """Return a function of a C library with its types declared; AttributeError if there is none of that name."""
+    function = library[name]                   # a new object each time: what is declared here nobody else changes
+    function.restype, function.argtypes = result, arguments
+    return function
+
+
+class _EvpKeys:
+    """X25519 keys by libcrypto (1.1.1 and later): 40 us each, where our own arithmetic takes 200."""
+
+    __slots__ = ("_byref", "_pointer", "_size", "_buffer", "_generate", "_raw", "_free", "_context")
+
+    def __init__(self, library: Any) -> None:
+        import ctypes
+        self._byref, self._pointer, self._size, self._buffer = ctypes.byref, ctypes.c_void_p, ctypes.c_size_t, ctypes.create_string_buffer
+        pointer, number, declare = ctypes.c_void_p, ctypes.c_int, functools.partial(_declare, library)
+        self._generate = declare("EVP_PKEY_keygen", number, pointer, pointer)
+        self._raw = declare("EVP_PKEY_get_raw_public_key", number, pointer, pointer, pointer)
+        self._free = declare("EVP_PKEY_free", None, pointer)
+        self._context = declare("EVP_PKEY_CTX_new_id", pointer, number, pointer)(_NID_X25519, None)    # as long as the process
+        if not self._context or declare("EVP_PKEY_keygen_init", number, pointer)(self._context) != 1:
+            raise InternalError("libcrypto: no X25519")
+
+    def public(self) -> bytes:
+        """Return the public half of a fresh key, 32 bytes, or nothing if libcrypto refuses."""
+        key, size, found = self._pointer(), self._size(32), self._buffer(32)
+        if self._generate(self._context, self._byref(key)) != 1:
+            return b""
+        done = self._raw(key, found, self._byref(size)) == 1 and size.value == 32
+        self._free(key)
+        return found.raw if done else b""
+
+
+_NID_X25519: Final = 1034
 
 
 def _open_libcrypto(load: Callable[[str], Any]) -> Any:
@@ -1865,6 +1900,9 @@ class LibcryptoBackend(Backend):
 
     def cbc_decryptor(self, key: bytes, iv: bytes) -> AesCbc:
         return _EvpCipher(self._evp, self._evp.cbc, False, key, iv)
+
+    def x25519_public(self, entropy: Entropy) -> bytes:
+        return (self._evp.keys.public() if self._evp.keys else b"") or super().x25519_public(entropy)
 
 
 # -- pycryptodome

@@ -465,6 +465,19 @@ def test_points_are_halves_of_real_exchanges():
     assert len(x25519.X25519PrivateKey.generate().exchange(peer)) == 32      # raises for points of small order
 
 
+def test_libcrypto_without_x25519(monkeypatch):
+    """1.1.0 and FIPS mode: our own arithmetic takes over."""
+    def missing(_):
+        raise AttributeError("EVP_PKEY_get_raw_public_key")
+
+    monkeypatch.setattr(telemt, "_EvpKeys", missing)
+    try:
+        backend = pick_backend("libcrypto")
+    except ConfigError as error:
+        pytest.skip(f"libcrypto does not load here: {error}")
+    assert backend.x25519_public(lambda n: b"\5" * n) == make_x25519_public(lambda n: b"\5" * n)
+
+
 def test_cryptography_without_x25519(monkeypatch):
     """OpenSSL in FIPS mode refuses X25519."""
     x25519 = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.x25519")

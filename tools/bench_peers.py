@@ -19,7 +19,7 @@ from collections.abc import Callable
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
 SOURCE, SINK, ECHO, DRIP, HELLO, SILENT = range(1, 7)            # what the DC number asks for
-SHARE = 100                                                      # SHARE + n: one n-th of the bulk, once the client says so
+SHARE = 100                                                      # SHARE + n: one n-th of the bulk (at least 1 MiB), once told to
 CHUNK = bytes(1 << 20)
 DRIP_BYTES = 4096
 DRIP_EVERY_S = 150e-6                                            # 27 MB/s: every write is a read of its own at the proxy
@@ -74,7 +74,7 @@ class DataCentre:
         if dc == SOURCE:
             self.start(sock, self.bulk)
         elif dc > SHARE:                           # when told, so that all sessions stand before the first byte flows
-            self.selector.modify(sock, selectors.EVENT_READ, lambda sock: self.start(sock, self.bulk // (dc - SHARE)))
+            self.selector.modify(sock, selectors.EVENT_READ, lambda sock: self.start(sock, max(self.bulk // (dc - SHARE), 1 << 20)))
         elif dc == DRIP:
             self.selector.unregister(sock)
             threading.Thread(target=self.drip, args=(sock,), daemon=True).start()
@@ -276,4 +276,5 @@ def ping_pong(socks: list[socket.socket], message: bytes, answer: int, rounds: i
 
 
 if __name__ == "__main__":
+    os.nice(int(sys.argv[3]) if len(sys.argv) > 3 else 0)
     DataCentre(int(sys.argv[2])).serve()
