@@ -82,8 +82,7 @@ class TestLoop(telemt.Loop):
 
     def dispose(self):
         """Close what the loop itself holds."""
-        for sock in (self._bell, self._ringer):
-            sock.close()
+        self.mailbox.close()
 
 
 def tcp_pair(buffer=None):
@@ -223,8 +222,8 @@ class FakeCore:
         for owner in list(self.owners):
             owner.close(None)
         self.loop.settle()
-        assert set(self.loop.handlers) == {self.loop._bell.fileno()}
-        assert set(self.loop.poller.masks) == {self.loop._bell.fileno()}
+        assert set(self.loop.handlers) == {self.loop.mailbox.fd}
+        assert set(self.loop.poller.masks) == {self.loop.mailbox.fd}
         for user in self.doorman.users:
             assert (user.sessions, user.ips, user.stats.current) == (0, {}, 0)
         self.loop.dispose()

@@ -38,7 +38,7 @@ def make_server():
         for owner in list(server.places.owners):
             owner.close(None)
         server.loop.turn()
-        assert set(server.loop.handlers) == {server.loop._bell.fileno()}
+        assert set(server.loop.handlers) == {server.loop.mailbox.fd}
         server.loop.dispose()
 
 

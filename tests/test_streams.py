@@ -334,7 +334,7 @@ def test_aborted_dial_says_nothing(loop):
         found = []
         Dial(loop, "127.0.0.1", server.getsockname()[1], loop.lane(3.0, Dial.on_timeout), found.append).abort()
         loop.turn(5.0)
-    assert not found and not loop.handlers.keys() - {loop._bell.fileno()}
+    assert not found and not loop.handlers.keys() - {loop.mailbox.fd}
 
 
 def test_dial_without_descriptors_is_an_error_not_a_crash(loop, monkeypatch):
@@ -405,3 +405,26 @@ def test_resolve_passes_bytes_and_refuses_other_alphabets(loop, monkeypatch):
     resolve(loop, "пример.рф", 443, found.append)
     loop.turn()
     assert str(found[1]).endswith("host name must be ASCII: пример.рф")
+
+
+@pytest.mark.parametrize(("ready", "bulk", "presses"), [
+    (1, 1, False), (4, 1, False), (5, 1, True), (32, 1, True), (64, 64, False), (64, 61, False),
+])
+def test_crowd_counts_who_else_was_ready(loop, ready, bulk, presses):
+    crowd = telemt.Crowd()
+    for turn in (1, 2):
+        loop.turns, loop.ready = turn, ready
+        found = [crowd.presses(loop) for _ in range(bulk)]
+    assert found == [presses] * bulk
+
+
+def test_bulk_is_modest_in_a_crowd_and_takes_a_megabyte_alone(loop, monkeypatch):
+    bench = Bench(loop, CopyFlow, ("no-splice",))
+    bench.flow.level, sizes = 3, []
+    monkeypatch.setattr(telemt.Crowd, "presses", lambda self, loop: len(sizes) == 0)
+    bench.far.setblocking(True)
+    bench.source.recv_into = lambda view, size: sizes.append(size) or 0
+    for _ in range(2):
+        bench.flow.run()
+    assert sizes == [262_144, 1_048_576]
+    bench.dispose()

@@ -332,15 +332,15 @@ def idle_costs(rig: Rig, backend: str, count: int) -> dict[str, float]:
 def fairness(rig: Rig, backend: str, rounds: int) -> dict[str, float]:
     """p99 of 128-byte round trips of 31 sessions, alone and while another downloads at full speed.
 
-    The other ends of the download are processes of their own and step back (nice): with two cores the figure would
-    else be that of the system's scheduler, and of a data centre that answers a ping after a megabyte of bulk.
+    The other ends of the download are processes of their own and run when no other process wants the processor: with two
+    cores the figure would else be that of the system's scheduler, and of a data centre that answers after a megabyte of bulk.
     """
     def p99() -> float:
         times: list[float] = []
         echoes(proxy, proxy.port, "tls", 31, rounds, times.append)
         return sorted(times)[int(len(times) * 0.99)] * 1e3
 
-    source = Worker([sys.executable, str(TOOLS / "bench_peers.py"), "dc", str(rig.bulk), "10"])
+    source = Worker([sys.executable, str(TOOLS / "bench_peers.py"), "dc", str(rig.bulk), "idle"])
     proxy = Proxy(rig.path, rig.dc_port, backend, source_port=int(source.line()))
     helper = None
     try:
@@ -358,9 +358,9 @@ def fairness(rig: Rig, backend: str, rounds: int) -> dict[str, float]:
 
 
 _BULK_CLIENT = """
-import os, sys; sys.path.insert(0, sys.argv[1])
+import sys; sys.path.insert(0, sys.argv[1])
 from bench_peers import *
-os.nice(10)
+step_back()
 scrap = bytearray(1 << 20)
 while True:
     sock = connect(int(sys.argv[2]), "tls", bytes.fromhex(sys.argv[3]), SOURCE)

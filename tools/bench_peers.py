@@ -26,6 +26,11 @@ DRIP_EVERY_S = 150e-6                                            # 27 MB/s: ever
 TAG = b"\xdd\xdd\xdd\xdd"
 
 
+def step_back() -> None:
+    """Run only when nobody else wants the processor."""
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
 def aes(key: bytes, iv: bytes) -> CipherContext:
     """An AES-256-CTR keystream."""
     return Cipher(algorithms.AES(key), modes.CTR(iv)).encryptor()
@@ -276,5 +281,6 @@ def ping_pong(socks: list[socket.socket], message: bytes, answer: int, rounds: i
 
 
 if __name__ == "__main__":
-    os.nice(int(sys.argv[3]) if len(sys.argv) > 3 else 0)
+    if "idle" in sys.argv:
+        step_back()
     DataCentre(int(sys.argv[2])).serve()

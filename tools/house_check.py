@@ -84,8 +84,8 @@ POLICIES: dict[str, Policy] = {
             "WorkerPool.submit.task": "the end of a helper thread: the error is handed to `done`",
         },
         fd_calls={
-            "Loop.call_from_thread": "the loop's own wake-up pair, not a peer's socket",
-            "Loop._on_bell": "the other end of it",
+            "Mailbox.post": "the loop's own wake-up pair, not a peer's socket",
+            "Mailbox.take": "the other end of it",
         },
     ),
     "telemt_api.py": Policy(
