@@ -94,7 +94,6 @@ import fcntl
 import functools
 import gc
 import hashlib
-import heapq
 import hmac
 import importlib
 import io
@@ -3238,8 +3237,8 @@ log_access: Final = Log("access")
 # ready fd, run what is due, run what was deferred, close what was dropped.
 #
 # Timers.  A Lane is a FIFO of one fixed length, so its deadlines are monotonic
-# and arming and cancelling cost one dict operation; `call_later` (a heap) is
-# for odd moments.  Nothing is armed while nothing goes on: idle costs no wake-up.
+# and arming and cancelling cost one dict operation; `call_later` (a sorted
+# list) is for odd moments.  Nothing is armed while nothing goes on: idle costs no wake-up.
 #
 # Traps.  epoll reports errors and hang-ups even for mask 0, so a stream that
 # wants nothing is taken out of the poller.  A socket is closed only at the end
@@ -3336,7 +3335,7 @@ class Timer:
         self.callback: Callable[[], None] | None = callback
 
     def cancel(self) -> None:
-        """Never call it; the heap drops it when its time comes."""
+        """Never call it; the loop drops it when its time comes."""
         self.callback = None
 
     def __lt__(self, other: Timer) -> bool:
@@ -3399,7 +3398,7 @@ class Loop:
         self.wake_at = math.inf                # no deadline is earlier than this; may be too early, never too late
         self.handlers: dict[int, Handler] = {}
         self._lanes: list[Lane[Any]] = []
-        self._heap: list[Timer] = []
+        self._timers: list[Timer] = []         # by deadline
         self._deferred: list[Callable[[], None]] = []
         self._graveyard: list[socket.socket] = []
         self._idle_jobs: collections.deque[Callable[[], bool]] = collections.deque()
@@ -3434,7 +3433,7 @@ class Loop:
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
         """Call back once, `delay_s` seconds from now."""
         timer = Timer(self.now + delay_s, callback)
-        heapq.heappush(self._heap, timer)
+        bisect.insort(self._timers, timer)
         self.wake_at = min(self.wake_at, timer.at)
         return timer
 
@@ -3536,11 +3535,11 @@ class Loop:
     def _run_due(self, now: float) -> None:
         for lane in self._lanes:
             lane.run(now)
-        while self._heap and self._heap[0].at <= now:
-            callback = heapq.heappop(self._heap).callback
+        while self._timers and self._timers[0].at <= now:
+            callback = self._timers.pop(0).callback
             if callback is not None:
                 self.call(callback)
-        first = self._heap[0].at if self._heap else math.inf
+        first = self._timers[0].at if self._timers else math.inf
         self.wake_at = min([first, *(lane.next_at() for lane in self._lanes)])
 
     def _run_idle_job(self) -> None:
