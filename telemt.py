@@ -4950,7 +4950,7 @@ class Fronts:
 class ClientSession:
     """One accepted connection until its 64-byte header is accepted or it is closed."""
 
-    __slots__ = ("core", "settings", "stream", "peer", "ip", "state", "inbox", "records", "user", "timer", "record_body")
+    __slots__ = ("core", "settings", "stream", "peer", "ip", "state", "inbox", "records", "user", "timer", "record_body", "unsent")
 
     def __init__(self, core: Core, stream: Stream, ip: str, port: int) -> None:
         self.core = core
@@ -4964,6 +4964,7 @@ class ClientSession:
         self.record_body = 0
         self.user: User | None = None          # who signed the ClientHello
         self.timer: Timer | None = None
+        self.unsent = b""
 
     def start(self) -> None:
         """Begin to read; the deadline of the whole handshake runs from here."""
@@ -5072,30 +5073,30 @@ class ClientSession:
         self.timer = self.core.loop.call_later((low + draw_fraction() * max(0, high - low)) / 1000, functools.partial(self._answer, flight))
 
     def _answer(self, flight: bytes) -> None:
-        if self.state is not S.DELAY:
-            return
+        """Send the flight; what the kernel does not take (only when it is short of memory) follows when it does."""
         assert self.user is not None
         self.timer = None
         try:
-            sent = self.stream.write(flight)
+            self.unsent = flight[self.stream.write(flight):]
         except OSError as error:
-            sent, failure = -1, error
-        else:
-            failure = OSError(errno.EAGAIN, "send buffer full")
-        if sent != len(flight):
             log_session.warn("Failed to write TLS ServerHello", peer=self.peer)
-            self._fail(Reason.RESET if failure.errno in _GONE else Reason.IO_ERROR)
+            self._fail(Reason.RESET if error.errno in _GONE else Reason.IO_ERROR)
             return
+        if self.unsent:
+            self.stream.watch(WRITE, self.on_writable)
+            return
+        self.stream.watch(READ, self.on_readable)
         log_session.info("TLS handshake successful", peer=self.peer, user=self.user.name)
         self._enter(S.INNER)
         self.records = RecordReader()
-        self.stream.want(READ)
-        pipelined = self.inbox.take_all()
-        if pipelined:
-            try:
-                self._feed(pipelined)
-            except WireError as error:
-                self._stranger(error)
+        try:
+            self._feed(self.inbox.take_all())  # what came behind the hello already
+        except WireError as error:
+            self._stranger(error)
+
+    def on_writable(self, _mask: int) -> None:
+        """Called by the loop while a part of the flight waits."""
+        self._answer(self.unsent)
 
     def _inner(self) -> bool:
         if len(self.inbox) < PREAMBLE_SIZE:

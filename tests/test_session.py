@@ -284,6 +284,24 @@ def test_hello_delay_holds_the_flight_back(make_core):
     client.close()
 
 
+@pytest.mark.parametrize("step", [1, 100, 3000])
+def test_a_flight_that_the_kernel_takes_in_pieces_arrives_whole(make_core, monkeypatch, step):
+    """Found by the journeys while the machine was short of TCP memory: a short write ended the handshake."""
+    core = make_core()
+    client = core.connect()
+    real = telemt.Stream.write
+    monkeypatch.setattr(telemt.Stream, "write", lambda self, data: real(self, data[:step]))
+    client.sendall(signed_hello())
+    core.loop.settle()
+    flight, _ = read_all(client)
+    first = 5 + int.from_bytes(flight[3:5], "big")
+    assert len(flight) == first + 6 + 5 + int.from_bytes(flight[first + 9:first + 11], "big")
+    client.sendall(record(client_preamble()[0]))
+    core.loop.settle()
+    assert core.upstreams.asked == [(2, "")]
+    client.close()
+
+
 @pytest.mark.parametrize("tls", [True, False])
 def test_client_that_leaves_while_routing_aborts_the_connect(make_core, tls):
     core = make_core()
