@@ -5075,7 +5075,6 @@ class ClientSession:
     def _answer(self, flight: bytes) -> None:
         """Send the flight; what the kernel does not take (only when it is short of memory) follows when it does."""
         assert self.user is not None
-        self.timer = None
         try:
             self.unsent = flight[self.stream.write(flight):]
         except OSError as error:

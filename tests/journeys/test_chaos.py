@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import random
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from doubles import HANGUP, MIB, ROUTES, Client, DcPeer, FakeDc, Rig
 WAYS = {
     "epoll": ({}, {}),
     "selectors": ({"event_loop": "selectors"}, {}),
-    "uvloop": ({"event_loop": "uvloop"}, {}),
     "no-fast-mode": ({"fast_mode": False}, {}),
     "no-splice": ({}, {"TELEMT_PATHS": "no-splice"}),
     "no-scatter": ({}, {"TELEMT_PATHS": "no-scatter"}),
@@ -25,8 +23,6 @@ WAY = pytest.mark.parametrize("way", WAYS)
 
 
 def start(rig: Rig, way: str) -> None:
-    if way == "uvloop" and not importlib.util.find_spec("uvloop"):
-        pytest.skip("no uvloop here")
     general, env = WAYS[way]
     rig.proxy({"general": general, "dc_overrides": {"5": [rig.dcs[-1].address]}}, env=env)
 
