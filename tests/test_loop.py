@@ -1,4 +1,5 @@
 """Room 13: turns, lanes, timers, threads, and what an exception costs."""
+import functools
 import math
 import os
 import signal
@@ -144,6 +145,13 @@ def test_a_crash_takes_effect_before_the_next_event_of_the_batch(loop):
         loop.drop(near, READ)
         far.close()
     loop.turn()
+
+
+def test_a_crash_behind_a_partial_costs_its_owner_too(loop):
+    victim = Victim()
+    loop.call_later(1.0, functools.partial(victim.on_ready, 1, 2))
+    loop.turn(1.0)
+    assert victim.crashed == 1
 
 
 def test_a_crash_of_the_crash_handler_is_the_end_of_it(loop):
