@@ -3665,6 +3665,7 @@ _SPLICE_MIN: Final = 65_536                    # smaller moves are cheaper by re
 _SPLICE_PATIENCE: Final = 8
 _ACCEPT_BATCH: Final = 64
 _BULK: Final = 3                               # the level from which a flow is bulk
+_QUEUED_MUCH: Final = 16 << 20                 # what slow sinks may hold before every flow is modest: sixteen unlucky megabytes
 _CROWD: Final = 4                              # other ready sockets in a turn that make bulk modest
 AGAIN: Final = -1                              # Flow.run(): nothing to read now
 _LENGTH: Final = struct.Struct(">H")
@@ -3709,7 +3710,8 @@ class Arena:
     """Memory that every flow shares, made once: raw input, output, prepared records, pipes.
 
     pending: `general.crypto_pending_buffer`: after a sink was too slow, one read brings no more than this, so neither does a
-    queue.  Only the read that finds out may be larger, and grew to that because everything before it was taken at once.
+    queue.  Only the read that finds out may be larger, up to a megabyte: it grew to that because everything before it was
+    taken at once.  When such queues hold 16 MiB together, no read is larger any more.
     paths: words of TELEMT_PATHS, the test hook that forces fallbacks: `no-splice`, `no-scatter`.
     """
 
@@ -3727,6 +3729,7 @@ class Arena:
         self._pipes: list[Pipe] = []
         self._pipes_made = 0
         self.crowd = Crowd()
+        self.queued = 0                        # bytes in the queues of all flows
 
     def scatter(self, count: int) -> list[memoryview]:
         """Return the payload places of the first `count` records; their headers are written when first asked for.
@@ -3857,6 +3860,7 @@ class Flow:
         self.sent += sent
         if sent != len(data):
             self._queue, self._at = memoryview(bytes(memoryview(data)[sent:])), 0
+            self.arena.queued += len(self._queue)
             self._pause()
 
     def flush(self) -> bool:
@@ -3870,7 +3874,7 @@ class Flow:
             self._at += sent
             if self._at < len(self._queue):
                 return False
-            self._queue = None
+            self._forget_queue()
         self._resume()
         return True
 
@@ -3883,7 +3887,18 @@ class Flow:
 
     def close(self) -> None:
         """Give back what the flow holds; the streams belong to the relay."""
-        self._queue = None
+        self._forget_queue()
+
+    def _forget_queue(self) -> None:
+        if self._queue is not None:
+            self.arena.queued -= len(self._queue)
+            self._queue = None
+
+    def _modest_level(self) -> int:
+        """The level for this read: bulk steps back while others want the loop, or while slow sinks hold much memory already."""
+        if self.arena.queued > _QUEUED_MUCH:
+            return min(self.level, self.arena.patient_level)
+        return self.level - self.arena.crowd.presses(self.source.loop)
 
     def _pause(self) -> None:
         self.level = min(self.level, self.arena.patient_level)
@@ -3921,8 +3936,7 @@ class CopyFlow(Flow):
         """Move one quantum."""
         level = self.level
         if level == _BULK:
-            if self.arena.crowd.presses(self.source.loop):
-                level -= 1
+            level = self._modest_level()
             if not self.passes and self._piped == 0:
                 pipe = self.arena.take_pipe()
                 if pipe is not None:
@@ -4024,9 +4038,7 @@ class WrapFlow(Flow):
         """Move one quantum; payload bytes are returned, headers are not counted."""
         if not self.level and not self.passes:
             return self._run_single()
-        level = self.level
-        if level == _BULK and self.arena.crowd.presses(self.source.loop):
-            level -= 1
+        level = self.level if self.level < _BULK else self._modest_level()
         count = _WRAP_RECORDS[level]
         quantum = count * RECORD_OUT_MAX
         views = self.arena.scatter(count)
@@ -4096,9 +4108,7 @@ class UnwrapFlow(Flow):
 
     def run(self) -> int:
         """Move one quantum.  Returns payload bytes; AGAIN also for a read that held none."""
-        level = self.level
-        if level == _BULK and self.arena.crowd.presses(self.source.loop):
-            level -= 1
+        level = self.level if self.level < _BULK else self._modest_level()
         quantum = QUANTA[level]
         source, target = self.arena.input, self.arena.output
         try:

@@ -1,4 +1,5 @@
 """Room 14: flows with every fallback forced on and off, dialling, listening."""
+import contextlib
 import errno
 import os
 import random
@@ -427,4 +428,24 @@ def test_bulk_is_modest_in_a_crowd_and_takes_a_megabyte_alone(loop, monkeypatch)
     for _ in range(2):
         bench.flow.run()
     assert sizes == [262_144, 1_048_576]
+    bench.dispose()
+
+
+def test_queues_are_counted_and_make_every_flow_modest(loop):
+    """Found by a tester: 300 stalled downloads held a megabyte each."""
+    bench = Bench(loop, CopyFlow, ("no-splice",), buffer=4096)
+    chunk = bytes(1 << 20)
+    while not bench.flow.pending:
+        with contextlib.suppress(BlockingIOError):
+            bench.far.send(chunk)
+        loop.turn()
+    assert bench.arena.queued >= bench.flow.pending > 0
+    bench.flow.level = 3
+    bench.arena.queued += telemt._QUEUED_MUCH
+    assert bench.flow._modest_level() == bench.arena.patient_level == 2
+    bench.arena.queued -= telemt._QUEUED_MUCH
+    assert bench.flow._modest_level() == 3
+    bench.flow.close()
+    bench.flow.close()
+    assert bench.arena.queued == 0
     bench.dispose()
