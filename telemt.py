@@ -39,6 +39,7 @@ is direct, and `general.use_middle_proxy = true` is answered with a warning at s
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 if sys.version_info < (3, 11):
@@ -66,6 +67,9 @@ def _start_afresh() -> None:
     import marshal
     try:
         fd = os.memfd_create("telemt", 0)
+        if fd <= 2:                            # started with a standard stream closed: this must not become it
+            os.close(fd)
+            return
         with open(fd, "wb", closefd=False) as file:
             magic: bytes = sys.modules["_frozen_importlib_external"].MAGIC_NUMBER
             file.write(magic + bytes(12) + marshal.dumps(sys._getframe(1).f_code))
@@ -78,6 +82,7 @@ def _start_afresh() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)     # never fatal, from the first moment (config.md 8 item 2); outlives the restart
     _start_afresh()
 
 # OpenSSL's hashes would load a libcrypto of 3.5 MB beside the one that `cryptography` brings.  With few users the built-in
@@ -105,7 +110,6 @@ import re
 import resource
 import select
 import selectors
-import signal
 import socket
 import struct
 import time
@@ -3962,9 +3966,10 @@ class CopyFlow(Flow):
     def _splice(self, pipe: Pipe, quantum: int) -> int:
         try:
             size = os.splice(self.source.fd, pipe.write_fd, quantum, flags=os.SPLICE_F_NONBLOCK)
-        except BlockingIOError:
+        except BlockingIOError:                # readable, yet nothing to splice: an urgent byte, which recv steps over
             self.arena.give_pipe(pipe, True)
-            return AGAIN
+            self.level = 0
+            return self.run()
         except OSError as error:
             self.arena.give_pipe(pipe, True)
             if error.errno not in _NO_SPLICE:
@@ -4203,6 +4208,7 @@ class Dial:
             done(error)
 
 
+_IP_BIND_ADDRESS_NO_PORT: Final = 24     # linux/in.h; the socket module names it from 3.12 on only
 _DC_KEEPALIVE: Final = ((getattr(socket, "TCP_KEEPIDLE", 0), 40), (getattr(socket, "TCP_KEEPINTVL", 0), 40),
                         (getattr(socket, "TCP_KEEPCNT", 0), 5))           # upstream-and-relay.md D16
 
@@ -4217,6 +4223,8 @@ def _open_socket(ip: str, source_ip: str) -> socket.socket:
             if option:
                 set_option(sock, socket.IPPROTO_TCP, option, value)
         if source_ip:
+            if sys.platform == "linux":        # the port is chosen at connect, so one address serves 28,000 sessions per target
+                set_option(sock, socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
             sock.bind((source_ip, 0))
     except OSError:
         sock.close()
@@ -5863,6 +5871,7 @@ def arm_signals(loop: Loop, stop: Callable[[], None]) -> None:
     def on_stop(*_: object) -> None:           # in the handler itself: the loop may be stuck, in a write to our log for one
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.setitimer(signal.ITIMER_REAL, _STOP_LIMIT_S)
         loop.call_from_thread(stop)
 
@@ -6179,7 +6188,7 @@ def parse_init(words: Sequence[str]) -> InitRequest:
         raise ConfigError("Secret must be exactly 32 hex characters", prefix=False)
     if not _USER_NAME.fullmatch(values["--user"]):
         raise ConfigError("User name must be 1..64 characters of A-Z a-z 0-9 _ . -", prefix=False)
-    if not values["--domain"] or re.search(r"[\s/\"'\\\x00-\x1f\x7f]", values["--domain"]):
+    if not values["--domain"] or not values["--domain"].isprintable() or re.search(r"[\s/\"'\\\x00-\x1f\x7f]", values["--domain"]):
         raise ConfigError("Domain must not contain whitespace, '/' or quotes", prefix=False)
     port = values["--port"]
     number = int(port) if port.isascii() and port.isdigit() and int(port) < 65_536 else 443

@@ -449,3 +449,21 @@ def test_queues_are_counted_and_make_every_flow_modest(loop):
     bench.flow.close()
     assert bench.arena.queued == 0
     bench.dispose()
+
+
+def test_an_urgent_byte_does_not_stall_a_spliced_flow(loop):
+    """Found by a tester: splice(2) said EAGAIN for ever while the socket stayed readable."""
+    bench = Bench(loop, CopyFlow)
+    assert len(bench.pump(bytes(8 << 20))) == 8 << 20
+    bench.flow.level = 3
+    bench.far.send(b"!", socket.MSG_OOB)
+    out = bench.pump(b"and on it goes")
+    assert out.endswith(b"and on it goes")
+    bench.dispose()
+
+
+def test_a_bound_socket_gets_its_port_at_connect():
+    """upstream-and-relay.md D4."""
+    sock = telemt._open_socket("127.0.0.1", "127.0.0.2")
+    assert sock.getsockname() == ("127.0.0.2", 0)
+    sock.close()
