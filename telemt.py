@@ -50,7 +50,7 @@ if sys.version_info < (3, 11):
 def _start_afresh() -> None:
     """Continue in a new image of the interpreter that gets this file compiled, so the compiler's memory is gone.
 
-    Compiling 5,800 lines leaves 12 MB of heap that malloc does not give back: more than half of what the running proxy
+    Compiling 6,000 lines leaves 12 MB of heap that malloc does not give back: more than half of what the running proxy
     needs.  Python runs compiled code from any file, so it goes into a nameless one in memory; `-X telemt=` carries the name,
     for us and for `ps`.  Same process, same arguments.  Where anything is unusual, or fails, nothing happens.
     """
