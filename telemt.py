@@ -16,6 +16,7 @@ contents; tools/house_check.py keeps this map true.  Missing numbers are rooms o
    7  faketls     pure  <- 1 3             ClientHello, ServerHello flight, records
   10  stats       pure  <- 1               counters
   11  access      pure  <- 1 2 3 6 7 10    users, limits, tickets, replay windows, who is this
+  12  planner     pure  <- 1 2             which links to the middle end exist: facts and `now` in, actions out
   13  loop        io    <- 1               poller, timers, signals, helper threads
   14  streams     io    <- 1 3 7 13        sockets; Arena and flows: where bytes move
   15  upstreams   io    <- 1 2 10 13 14    data-centre addresses, connect cycles
@@ -3234,6 +3235,137 @@ class Doorman:
 
 
 log_access: Final = Log("access")
+
+
+# == 12. planner =============================================================
+# Which links to Telegram's middle end exist, when they are opened, replaced
+# and closed, and which one a new session takes.  Deciding is not doing: the
+# planner is told facts with the moment they happened, and plan(now) returns
+# actions for the driver of room 16.  No clock, no chance, no I/O in here.
+# A DC group is an absolute DC number; its endpoints are those of +dc and -dc.
+# Source: middle-proxy-pool.md; [Dn] of its section 16 win.
+
+Endpoint: TypeAlias = "tuple[str, int]"            # IP text in canonical form, port
+EndpointMap: TypeAlias = "Mapping[int, Sequence[Endpoint]]"     # signed DC -> endpoints, as in the proxy map
+
+
+class Phase(enum.Enum):
+    """Where a link is in its life; the value is `state` of the API."""
+
+    DIALLING = "dialling"
+    WARM = "warm"              # reserve of the next generation: takes sessions only when nothing else is there
+    ACTIVE = "active"
+    DRAINING = "draining"      # no new sessions (but see me_bind_stale_mode); closed when empty or at its deadline
+
+
+class Lost(enum.Enum):
+    """Why a link that nobody asked to close is gone."""
+
+    EOF = "eof"
+    ERROR = "error"            # reset, write error, bad CRC, bad sequence number, bad length
+    SILENT = "silent"          # given up by `beat` (D18)
+
+
+class OpenLink(NamedTuple):
+    """Dial; answer with on_link_ready or on_dial_failed under the same id."""
+
+    link_id: int
+    dc: int                    # group, for the upstream preference and the log
+    endpoint: Endpoint
+    generation: int
+
+
+class PromoteLink(NamedTuple):
+    """The link's generation became the active one."""
+
+    link_id: int
+
+
+class DrainLink(NamedTuple):
+    """No new sessions; what is left at `until_at` (infinity: never) is cut."""
+
+    link_id: int
+    until_at: float
+
+
+class CloseLink(NamedTuple):
+    """Close it, with whatever sessions it has.  The planner has forgotten it: report nothing."""
+
+    link_id: int
+
+
+class CutSessions(NamedTuple):
+    """Close so many sessions of the link, those that have been silent for the longest time first (D14)."""
+
+    link_id: int
+    count: int
+
+
+class ServeWaiters(NamedTuple):
+    """A link of group `dc` can be bound: route its waiting sessions again, oldest first (D6)."""
+
+    dc: int
+
+
+class Say(NamedTuple):
+    """Log one line."""
+
+    level: Level
+    text: str
+
+
+class WakeAt(NamedTuple):
+    """Call plan() again at this moment, or after the next report."""
+
+    at: float
+
+
+Action: TypeAlias = "OpenLink | PromoteLink | DrainLink | CloseLink | CutSessions | ServeWaiters | Say | WakeAt"
+
+
+class Bind(NamedTuple):
+    """The session uses this link."""
+
+    link_id: int
+
+
+class Hold(NamedTuple):
+    """The session waits in the queue of group `dc`; ask again at `until_at` with waited=True, or at ServeWaiters."""
+
+    dc: int
+    until_at: float
+
+
+class GoDirect(NamedTuple):
+    """The session goes to its data centre without the middle end (D2)."""
+
+
+class Refuse(NamedTuple):
+    """No link and no direct way allowed: close the client at once (wire D13)."""
+
+
+Way: TypeAlias = "Bind | Hold | GoDirect | Refuse"
+
+
+class Beat(NamedTuple):
+    """What keepalive asks of one link now, and when to ask again."""
+
+    ping: bool
+    dead: bool                 # close it and report on_link_lost(SILENT); the rest does not count
+    again_s: float
+
+
+class Pace(NamedTuple):
+    """A back-off: wait `wait_s` plus up to half of it at random, then double, up to `cap_s` (D7)."""
+
+    wait_s: float
+    cap_s: float
+
+    @classmethod
+    def of_health(cls, general: General) -> Pace:
+        """The pace of a group below its floor."""
+        base_s = general.me_reconnect_backoff_base_ms / 1000
+        return cls(base_s, max(base_s, general.me_reconnect_backoff_cap_ms / 1000))
 
 
 # == 13. loop ================================================================
