@@ -13,7 +13,7 @@ else
 VENV    ?= build/venv-$(subst /,-,$(PYTHON))
 endif
 
-BOOKS   := telemt.py $(wildcard telemt_api.py)
+BOOKS   := telemt.py telemt_api.py
 STAMP   := $(VENV)/.dev-extras-installed
 PY      := $(VENV)/bin/python
 FIND    := sh tools/pythons.sh

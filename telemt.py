@@ -14,7 +14,7 @@ contents; tools/house_check.py keeps this map true.  Missing numbers are rooms o
    4  buffer      pure  <- 1               Inbox: bytes of a peer that is not understood yet
    6  obfuscated  pure  <- 1 3             64-byte preambles of clients and for data centres
    7  faketls     pure  <- 1 3             ClientHello, ServerHello flight, records
-  10  stats       pure  <- 1               counters
+  10  stats       pure  <- 1               counters, and the snapshots that other threads look at
   11  access      pure  <- 1 2 3 6 7 10    users, limits, tickets, replay windows, who is this
   12  planner     pure  <- 1 2             which links to the middle end exist: facts and `now` in, actions out
   13  loop        io    <- 1               poller, timers, signals, helper threads
@@ -2933,8 +2933,66 @@ _EXTENSION: Final = struct.Struct(">HH")         # type, length
 # Counters are plain integers that one thread adds to and any thread reads.
 # A class that telemetry switched off stands still: an increment costs one test
 # and one add, and nothing is added later for the time it was off (metrics.md 3, 8).
+# What needs more than a plain integer goes out as a snapshot: a frozen value that
+# the loop thread builds when the control plane asks (Sources), and then forgets.
+# Source: metrics.md 3, 4, 8; api.md 9, 15.
 
 DURATION_BOUNDS_MS: Final = (100, 500, 1000)
+LEVELS: Final = ("silent", "normal", "debug")      # general.telemetry.me_level, by how much is counted
+# Totals about the middle end, in the order of the API.  `!` marks class D: counted at level debug only.
+ME_TOTALS: Final = """
+    keepalive_sent_total! keepalive_failed_total keepalive_pong_total! keepalive_timeout_total rpc_proxy_req_signal_sent_total
+    rpc_proxy_req_signal_failed_total rpc_proxy_req_signal_skipped_no_meta_total rpc_proxy_req_signal_response_total
+    rpc_proxy_req_signal_close_sent_total reconnect_attempt_total reconnect_success_total handshake_reject_total reader_eof_total
+    idle_close_by_peer_total route_drop_no_conn_total route_drop_channel_closed_total route_drop_queue_full_total
+    route_drop_queue_full_base_total route_drop_queue_full_high_total socks_kdf_strict_reject_total
+    socks_kdf_compat_fallback_total! endpoint_quarantine_total kdf_drift_total kdf_port_only_drift_total!
+    hardswap_pending_reuse_total! hardswap_pending_ttl_expired_total single_endpoint_outage_enter_total
+    single_endpoint_outage_exit_total single_endpoint_outage_reconnect_attempt_total single_endpoint_outage_reconnect_success_total
+    single_endpoint_quarantine_bypass_total single_endpoint_shadow_rotate_total
+    single_endpoint_shadow_rotate_skipped_quarantine_total floor_mode_switch_total floor_mode_switch_static_to_adaptive_total
+    floor_mode_switch_adaptive_to_static_total
+    pool_swap_total pool_force_close_total pool_stale_pick_total writer_removed_total! writer_removed_unexpected_total
+    refill_triggered_total! refill_skipped_inflight_total! refill_failed_total writer_restored_same_endpoint_total
+    writer_restored_fallback_total
+    secure_padding_invalid_total desync_total desync_full_logged_total desync_suppressed_total desync_frames_bucket_0
+    desync_frames_bucket_1_2 desync_frames_bucket_3_10 desync_frames_bucket_gt_10
+    crc_mismatch_total seq_mismatch_total fallback_sessions_total"""
+
+
+class MeCounters:
+    """Totals of classes N and D, by the names of ME_TOTALS (`general.telemetry.me_level`)."""
+
+    __slots__ = ("level", "totals", "error_codes", "draining", "_needs")
+
+    def __init__(self) -> None:
+        self.level = LEVELS.index("normal")
+        self._needs = {name.rstrip("!"): 2 if name.endswith("!") else 1 for name in ME_TOTALS.split()}
+        self.totals = dict.fromkeys(self._needs, 0)
+        self.error_codes: dict[int, int] = {}      # code of a refused RPC handshake -> how often
+        self.draining = 0                          # writers that drain now: kept true always, shown at level debug
+
+    def count(self, name: str, times: int = 1) -> None:
+        """Something happened `times` times.  KeyError for a name that is not in ME_TOTALS."""
+        if self.level >= self._needs[name]:
+            self.totals[name] += times
+
+    def handshake_rejected(self, code: int) -> None:
+        """A middle end answered the RPC handshake with an error; code -1 = none given."""
+        if self.level:
+            self.totals["handshake_reject_total"] += 1
+            self.error_codes[code] = self.error_codes.get(code, 0) + 1
+
+    def queue_full(self) -> None:
+        """An answer was dropped behind a client that does not read; our profile is always `high`."""
+        self.count("route_drop_queue_full_total")
+        self.count("route_drop_queue_full_high_total")
+
+    def desync(self, frames: int, full: bool) -> None:
+        """A client's stream fell out of step after `frames` good frames; `full`: the report went out in full."""
+        self.count("desync_total")
+        self.count("desync_full_logged_total" if full else "desync_suppressed_total")
+        self.count(f"desync_frames_bucket_{'0' if frames == 0 else '1_2' if frames <= 2 else '3_10' if frames <= 10 else 'gt_10'}")
 
 
 class Counters:
@@ -2942,10 +3000,11 @@ class Counters:
 
     __slots__ = ("enabled", "connections_total", "connections_bad_total", "handshake_timeouts_total", "bad_by_class",
                  "failures_by_class", "failures_by_stage", "connect_attempt_total", "connect_success_total", "connect_fail_total",
-                 "connect_failfast_hard_error_total", "connect_attempts", "connect_success_ms", "connect_fail_ms")
+                 "connect_failfast_hard_error_total", "connect_attempts", "connect_success_ms", "connect_fail_ms", "me")
 
     def __init__(self) -> None:
         self.enabled = True
+        self.me = MeCounters()
         self.connections_total = 0
         self.connections_bad_total = 0
         self.handshake_timeouts_total = 0
@@ -2959,6 +3018,11 @@ class Counters:
         self.connect_attempts = [0, 0, 0, 0]          # 1, 2, 3-4, more
         self.connect_success_ms = [0, 0, 0, 0]        # <=100, <=500, <=1000, more
         self.connect_fail_ms = [0, 0, 0, 0]
+
+    def gate(self, core_enabled: bool, me_level: str) -> None:
+        """Take [general.telemetry]; what was counted stays."""
+        self.enabled = core_enabled
+        self.me.level = LEVELS.index(me_level)
 
     def accepted(self) -> None:
         """A connection got its slot."""
@@ -3008,6 +3072,102 @@ class UserStats:
         self.octets_to_client = 0
         self.msgs_from_client = 0
         self.msgs_to_client = 0
+
+
+# -- snapshots.  Endpoints are texts, `ip:port` or `[ip6]:port`; ages are whole seconds.
+
+class WriterRow(NamedTuple):
+    """One link to a middle end (api.md 9.6)."""
+
+    writer_id: int
+    dc: int | None               # absolute; None = its endpoint is no longer mapped
+    endpoint: str
+    generation: int
+    state: str                   # warm, active, draining
+    draining: bool
+    degraded: bool
+    bound_clients: int
+    idle_for_secs: int | None    # None while it has clients
+    rtt_ema_ms: float | None
+
+
+class DcRow(NamedTuple):
+    """What one data centre has of links (api.md 9.7)."""
+
+    dc: int
+    endpoints: tuple[str, ...]   # IPv4 before IPv6, then by number
+    available_endpoints: int     # with a writer that does not drain
+    required_writers: int        # floor in force
+    alive_writers: int
+    rtt_ms: float | None
+    load: int                    # client sessions
+
+
+class PoolSnapshot(NamedTuple):
+    """Everything about the links (api.md 9.5, 15.1)."""
+
+    active_generation: int
+    warm_generation: int                     # 0 = none
+    pending_hardswap_generation: int         # 0 = none
+    pending_hardswap_age_secs: int | None
+    draining_generations: tuple[int, ...]
+    writers: tuple[WriterRow, ...]           # by (dc, None last; endpoint; writer_id)
+    dcs: tuple[DcRow, ...]                   # by dc
+    quarantined: tuple[tuple[str, int], ...]         # (endpoint, remaining milliseconds), by address
+    refills: tuple[tuple[int, str, int], ...]        # (dc, "V4" or "V6", refills under way)
+
+
+class UpstreamRow(NamedTuple):
+    """One enabled entry of [[upstreams]] (api.md 9.4)."""
+
+    upstream_id: int             # its place in the configuration
+    route_kind: str              # direct, socks4, socks5
+    address: str                 # `direct`, or where the SOCKS server is
+    weight: int
+    scopes: str
+    healthy: bool
+    fails: int
+    last_check_age_secs: int
+    dcs: tuple[tuple[float | None, str], ...]        # for DC 1..5: (latency_ema_ms, unknown|prefer_v6|prefer_v4|both_work|unavailable)
+
+
+class StunSnapshot(NamedTuple):
+    """What is known of our public address (api.md 15.1, nat_stun)."""
+
+    disabled_runtime: bool
+    attempts: int
+    live: tuple[str, ...]                    # servers that answered
+    v4: tuple[str, int] | None               # (address, age)
+    v6: tuple[str, int] | None
+    backoff_remaining_ms: int | None
+
+
+class RouteSnapshot(NamedTuple):
+    """Where new sessions go (api.md 15.1, runtime/gates); only with `use_middle_proxy`."""
+
+    me_ready: bool               # the pool has a usable writer
+    middle: bool                 # new sessions go through the middle end now
+    direct_since_wall: int       # unix seconds since when they go direct; 0 = they do not
+    was_ready: bool              # the middle end has been ready once
+    down_dcs: tuple[int, ...]    # absolute, ascending
+    fallback_sessions: int       # sessions on the direct way now although the middle end is wanted
+
+
+class Sources:
+    """Where the control plane gets its snapshots.  Rooms put a function in; None = there is no such thing here.
+
+    Every function is called on the loop thread and has to be quick; it may return None when it has nothing yet.
+    """
+
+    __slots__ = ("pool", "upstreams", "stun", "route", "beobachten", "stage")
+
+    def __init__(self) -> None:
+        self.pool: Callable[[], PoolSnapshot | None] | None = None
+        self.upstreams: Callable[[], tuple[UpstreamRow, ...]] | None = None
+        self.stun: Callable[[], StunSnapshot | None] | None = None
+        self.route: Callable[[], RouteSnapshot] | None = None
+        self.beobachten: Callable[[], str] | None = None     # body of /beobachten
+        self.stage = "config_load"                           # startup_stage of runtime/gates; `ready` at last
 
 
 # == 11. access ==============================================================
@@ -5583,7 +5743,8 @@ class Server:
         self.settings, self.loop = settings, loop
         self.arena = Arena(backend, settings.general.crypto_pending_buffer, paths)
         self.counters = Counters()
-        self.counters.enabled = settings.general.telemetry.core_enabled
+        self.counters.gate(settings.general.telemetry.core_enabled, settings.general.telemetry.me_level)
+        self.sources = Sources()
         self.count_users = settings.general.telemetry.user_enabled
         self.doorman = Doorman(backend)
         self.doorman.apply(settings.access)

@@ -1,7 +1,7 @@
 """Room 10: counters, their gate, and the laws of metrics.md 4.1."""
 import pytest
 
-from telemt import Counters, Reason
+from telemt import ME_TOTALS, Counters, MeCounters, Reason
 
 
 def test_bad_classes_add_up():
@@ -51,3 +51,57 @@ def test_duration_buckets(duration_ms, bucket, ok):
     if not ok:
         hit, other = other, hit
     assert hit[bucket] == sum(hit) == 1 and sum(other) == 0
+
+
+# -- the middle end ----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("level", "normal", "debug"), [("silent", 0, 0), ("normal", 2, 0), ("debug", 2, 2)])
+def test_a_level_counts_its_classes(level, normal, debug):
+    counters = Counters()
+    counters.gate(True, level)
+    counters.me.count("reader_eof_total", 2)
+    counters.me.count("keepalive_sent_total", 2)
+    assert (counters.me.totals["reader_eof_total"], counters.me.totals["keepalive_sent_total"]) == (normal, debug)
+
+
+def test_a_lowered_level_keeps_what_was_counted():
+    counters = Counters()
+    counters.me.count("desync_total")
+    counters.gate(False, "silent")
+    counters.me.count("desync_total")
+    assert counters.me.totals["desync_total"] == 1
+
+
+def test_a_name_that_is_not_in_the_table_is_an_error():
+    with pytest.raises(KeyError):
+        MeCounters().count("keepalive_total")
+
+
+def test_handshake_errors_by_code():
+    me = MeCounters()
+    for code in (-1, 7, -1):
+        me.handshake_rejected(code)
+    assert me.error_codes == {-1: 2, 7: 1} and me.totals["handshake_reject_total"] == 3
+    me.level = 0
+    me.handshake_rejected(9)
+    assert 9 not in me.error_codes
+
+
+@pytest.mark.parametrize(("frames", "bucket"), [(0, "0"), (1, "1_2"), (2, "1_2"), (3, "3_10"), (10, "3_10"), (11, "gt_10")])
+def test_desync_buckets(frames, bucket):
+    me = MeCounters()
+    me.desync(frames, full=frames % 2 == 0)
+    assert me.totals[f"desync_frames_bucket_{bucket}"] == me.totals["desync_total"] == 1
+    assert me.totals["desync_full_logged_total"] + me.totals["desync_suppressed_total"] == 1
+
+
+def test_a_full_queue_is_the_high_profile():
+    me = MeCounters()
+    me.queue_full()
+    assert me.totals["route_drop_queue_full_total"] == me.totals["route_drop_queue_full_high_total"] == 1
+    assert me.totals["route_drop_queue_full_base_total"] == 0
+
+
+def test_the_table_names_each_total_once():
+    names = ME_TOTALS.replace("!", "").split()
+    assert len(names) == len(set(names)) == len(MeCounters().totals)

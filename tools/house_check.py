@@ -89,7 +89,7 @@ POLICIES: dict[str, Policy] = {
         },
     ),
     "telemt_api.py": Policy(
-        heavy=frozenset(),                       # imported only where the control plane is wanted
+        lazy=HEAVY | {"tomli_w"},
         print_room="top",
         fd_room="http",
     ),
