@@ -3117,31 +3117,6 @@ class PoolSnapshot(NamedTuple):
     refills: tuple[tuple[int, str, int], ...]        # (dc, "V4" or "V6", refills under way)
 
 
-class UpstreamRow(NamedTuple):
-    """One enabled entry of [[upstreams]] (api.md 9.4)."""
-
-    upstream_id: int             # its place in the configuration
-    route_kind: str              # direct, socks4, socks5
-    address: str                 # `direct`, or where the SOCKS server is
-    weight: int
-    scopes: str
-    healthy: bool
-    fails: int
-    last_check_age_secs: int
-    dcs: tuple[tuple[float | None, str], ...]        # for DC 1..5: (latency_ema_ms, unknown|prefer_v6|prefer_v4|both_work|unavailable)
-
-
-class StunSnapshot(NamedTuple):
-    """What is known of our public address (api.md 15.1, nat_stun)."""
-
-    disabled_runtime: bool
-    attempts: int
-    live: tuple[str, ...]                    # servers that answered
-    v4: tuple[str, int] | None               # (address, age)
-    v6: tuple[str, int] | None
-    backoff_remaining_ms: int | None
-
-
 class RouteSnapshot(NamedTuple):
     """Where new sessions go (api.md 15.1, runtime/gates); only with `use_middle_proxy`."""
 
@@ -3159,12 +3134,13 @@ class Sources:
     Every function is called on the loop thread and has to be quick; it may return None when it has nothing yet.
     """
 
-    __slots__ = ("pool", "upstreams", "stun", "route", "beobachten", "stage")
+    __slots__ = ("pool", "upstreams", "path", "nat", "route", "beobachten", "stage")
 
     def __init__(self) -> None:
         self.pool: Callable[[], PoolSnapshot | None] | None = None
-        self.upstreams: Callable[[], tuple[UpstreamRow, ...]] | None = None
-        self.stun: Callable[[], StunSnapshot | None] | None = None
+        self.upstreams: Callable[[], list[dict[str, object]]] | None = None      # rows of api.md 9.4
+        self.path: Callable[[], list[dict[str, object]]] | None = None           # network_path of api.md 9.5
+        self.nat: Callable[[], dict[str, object] | None] | None = None           # data of runtime/nat_stun (api.md 15.1)
         self.route: Callable[[], RouteSnapshot] | None = None
         self.beobachten: Callable[[], str] | None = None     # body of /beobachten
         self.stage = "config_load"                           # startup_stage of runtime/gates; `ready` at last
@@ -3458,7 +3434,7 @@ class CutSessions(NamedTuple):
     """Close so many sessions of the link, those that have been silent for the longest time first (D14)."""
 
     link_id: int
-    count: int
+    sessions: int
 
 
 class ServeWaiters(NamedTuple):
