@@ -57,13 +57,17 @@ def _start_afresh() -> None:
     """
     at = len(sys.orig_argv) - len(sys.argv)
     script = sys.argv[0]
+    stops = (signal.SIGINT, signal.SIGTERM)
     if script.startswith("/proc/self/fd/") and "telemt" in sys._xoptions:
         os.close(int(script.rpartition("/")[2]))
         if not sys.flags.safe_path:            # telemt_api.py lies beside telemt.py, not in /proc
             sys.path[0] = os.path.dirname(os.path.abspath(str(sys._xoptions["telemt"])))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)      # what came during the change of images is heard now
         return
     flags = sys.orig_argv[1:at]
-    if at < 1 or sys.orig_argv[at] != script or {"-c", "-m", "-i"} & set(flags) or not hasattr(os, "memfd_create") or not sys.executable:
+    usual = all(set(flag) <= set("-bBdEIOPqRsSuv") or flag[:2] in ("-X", "-W") or before in ("-X", "-W")
+                for before, flag in zip(["", *flags], flags, strict=False))        # not -c, -m, -mcProfile, -i, -x ...
+    if at < 1 or sys.orig_argv[at] != script or not usual or not hasattr(os, "memfd_create") or not sys.executable:
         return
     import marshal
     try:
@@ -77,13 +81,21 @@ def _start_afresh() -> None:
         if not os.path.exists(f"/proc/self/fd/{fd}"):          # no /proc, as in a chroot: after execv there is no way back
             os.close(fd)
             return
+        signal.pthread_sigmask(signal.SIG_BLOCK, stops)        # the new image has no handlers yet; the mask outlives exec
         os.execv(sys.executable, [sys.orig_argv[0], *flags, "-X", f"telemt={script}", f"/proc/self/fd/{fd}", *sys.argv[1:]])
     except (OSError, ValueError):
-        pass
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
+
+
+def _leave_early(_signum: int, _frame: object) -> None:
+    """SIGINT or SIGTERM before anything was opened: go at once, in good order (config.md 6.4)."""
+    os._exit(0)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGHUP, signal.SIG_IGN)     # never fatal, from the first moment (config.md 8 item 2); outlives the restart
+    signal.signal(signal.SIGINT, _leave_early)       # while this file is being compiled, nobody can help: they kill
+    signal.signal(signal.SIGTERM, _leave_early)
     _start_afresh()
 
 # OpenSSL's hashes would load a libcrypto of 3.5 MB beside the one that `cryptography` brings.  With few users the built-in
@@ -112,6 +124,7 @@ import resource
 import select
 import selectors
 import socket
+import stat
 import struct
 import time
 import tomllib
@@ -3687,11 +3700,14 @@ class Loop:
         if mask:
             self.poller.register(fd, mask)
 
-    def drop(self, sock: socket.socket, mask: int) -> None:
-        """Forget a socket (`mask`: what it is registered for) and close it at the end of the turn."""
-        fd = sock.fileno()
+    def unwatch(self, fd: int, mask: int) -> None:
+        """Forget `fd`, which stays open; `mask`: what it is registered for."""
         if self.handlers.pop(fd, None) is not None and mask:
             self.poller.unregister(fd)
+
+    def drop(self, sock: socket.socket, mask: int) -> None:
+        """Forget a socket (`mask`: what it is registered for) and close it at the end of the turn."""
+        self.unwatch(sock.fileno(), mask)
         self._graveyard.append(sock)
 
     # -- time
@@ -5948,6 +5964,7 @@ _COLORS: Final = {Level.TRACE: "\x1b[35m", Level.DEBUG: "\x1b[34m", Level.INFO: 
                   Level.ERROR: "\x1b[31m"}
 _TEXT_SPACE: Final = "\t"                       # the DC table of upstream-and-relay.md 12 has tabs
 _FDS_WANTED: Final = 4096
+_CONFIG_MAX: Final = 64 << 20                     # bytes of one file: half a million users need less
 _FEW_USERS: Final = 16                            # up to here a stranger's hello costs at most 0.1 ms of SHA-256
 _DEFAULT_CONFIG: Final = """\
 # Written by telemt.py on its first start.  More keys: the sample config.toml of the project.
@@ -6010,17 +6027,40 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
 
 
 def complain(text: str) -> None:
-    """One line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """One line on stderr; where that cannot be written, nobody is left to tell."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """The result of a subcommand, on stdout.  Ends the program with exit code 1 where it cannot be written."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):             # `| head` has seen enough
+            complain(f"telemt.py: cannot write to stdout: {error.strerror}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)           # Python would try again while it ends, and exit with 120
+        sys.exit(1)
 
 
 # -- configuration file
 
 def read_config_file(including: str, wanted: str) -> tuple[str, str]:
-    """Return (path, text) of a file named in `including` (empty: the main file).  Raises OSError or ConfigError."""
+    """Return (path, text) of a file named in `including` (empty: the main file).  Raises OSError or ConfigError.
+
+    A pipe without a writer or a device without an end would be waited for until the end of days.
+    """
     path = os.path.join(os.path.dirname(including), wanted) if including else wanted
-    with open(path, "rb") as file:
-        data = file.read()
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    with open(fd, "rb") as file:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            raise ConfigError(f"{path}: not a regular file")
+        data = file.read(_CONFIG_MAX + 1)
+    if len(data) > _CONFIG_MAX:
+        raise ConfigError(f"{path}: larger than {_CONFIG_MAX >> 20} MiB")
     try:
         return path, data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -6040,28 +6080,67 @@ _draws: Final = Draws(lambda: 1024 + int(draw_fraction() * 3072))
 def write_default_config(path: str) -> None:
     """Write a short commented configuration with a random secret, readable by its owner only.  Raises OSError."""
     port = 443 if hasattr(os, "geteuid") and os.geteuid() == 0 else 8443       # below 1024 needs root
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    write_whole(path, _DEFAULT_CONFIG.format(port=port, domain="petrovich.ru", secret=os.urandom(16).hex()), replace=False)
+
+
+def write_whole(path: str, text: str, *, replace: bool, mode: int = 0o600) -> None:
+    """Put a file of this text at `path`: all of it is there, or what was there before.  Raises OSError.
+
+    An empty configuration would start as an open proxy next time, so a full disk or a signal must not leave one.  An
+    existing file keeps its owner, and a symbolic link stays one.  Without `replace` a file that exists is an error.
+    """
+    path = os.path.realpath(path)
+    before = os.stat(path) if os.path.exists(path) else None
+    if before is not None and not (replace and stat.S_ISREG(before.st_mode)):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    draft = f"{path}.{os.getpid()}.new"
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         with open(fd, "w", encoding="utf-8") as file:
-            file.write(_DEFAULT_CONFIG.format(port=port, domain="petrovich.ru", secret=os.urandom(16).hex()))
+            if before is not None:
+                with contextlib.suppress(OSError):             # not ours to give away
+                    os.fchown(fd, before.st_uid, before.st_gid)
+            os.fchmod(fd, mode)
+            file.write(text)
             file.flush()
             os.fsync(fd)
-    except OSError:                            # an empty file would start as an open proxy next time
-        os.unlink(path)
+        os.replace(draft, path)
+    except BaseException:
+        os.unlink(draft)
         raise
 
 
 # -- log
 
 class LogSink:
-    """Writes records to stdout, one flushed line each: `2026-03-04T10:00:00.123456Z  INFO telemt::links: text`."""
+    """Writes records to stdout, one line each: `2026-03-04T10:00:00.123456Z  INFO telemt::links: text`.
 
-    def __init__(self, colors: bool) -> None:
-        self._colors = colors
-        self._out = sys.stdout
+    It never waits for whoever reads them, or one full pipe would hold up everybody's bytes.  What the reader does not take is
+    kept, up to 256 KiB; what comes then is lost, counted, and reported when it takes lines again.  A write that fails (disk
+    full, reader gone) is tried again with the first record after five seconds.
+    """
+
+    def __init__(self, fd: int, colors: bool, encoding: str = "utf-8", loop: Loop | None = None) -> None:
+        self._colors, self._encoding, self._loop = colors, encoding, loop
+        self._fd, self._asks = open_log(fd)
+        self._kept = bytearray()               # the end of the log that is not written yet
+        self._lost = 0                         # records behind it
+        self._watched = False                  # the loop tells when there is room
+        self._busy = False                     # flush() runs: a record of a signal handler joins the queue
+        self._retry_at = 0.0                   # monotonic; an error is not asked about at every record
+        self.patience_s = _LOG_PATIENCE_S      # what may still be waited for the reader: before the loop turns, and at the end
         self._second, self._prefix = -1, ""
 
     def __call__(self, level: Level, target: str, text: str) -> None:
+        line = self._line(level, target, text)
+        if self._lost or len(self._kept) > _LOG_KEPT_MAX:
+            self._lost += 1
+        else:
+            self._kept += line
+        if not self._watched and not self._busy and (not self._retry_at or time.monotonic() >= self._retry_at):
+            self.flush()
+
+    def _line(self, level: Level, target: str, text: str) -> bytes:
         now = time.time()
         second = int(now)
         if second != self._second:             # strftime once a second, not once a record
@@ -6071,11 +6150,80 @@ class LogSink:
             name = f"{_COLORS[level]}{name}\x1b[0m"
         if not text.isprintable():             # a user name may hold anything: it must not forge a record or steer a terminal
             text = "".join(char if char.isprintable() or char in _TEXT_SPACE else ascii(char)[1:-1] for char in text)
+        line = f"{self._prefix}.{int((now - second) * 1e6):06d}Z {name} {target}: {text}\n"
+        return line.encode(self._encoding, "backslashreplace")
+
+    def flush(self) -> None:
+        """Write what the reader takes now; before the loop turns it is given some time."""
+        self._retry_at, self._busy, blocked = 0.0, True, False
         try:
-            self._out.write(f"{self._prefix}.{int((now - second) * 1e6):06d}Z {name} {target}: {text}\n")
-            self._out.flush()
-        except (OSError, ValueError):          # the reader of our log is gone: that must not end the proxy
-            LogBook.sink = None
+            while self._kept and not blocked:
+                blocked = not self._write_some() and not self._wait()
+        except OSError:                        # that must not end the proxy
+            self._retry_at = time.monotonic() + _LOG_RETRY_S
+        self._busy = False
+        self._watch(blocked)
+
+    def _write_some(self) -> bool:
+        """Write a piece; False if there is no room for it."""
+        if self._asks and not self._has_room(0.0):
+            return False
+        try:
+            del self._kept[:os.write(self._fd, self._kept[:select.PIPE_BUF])]
+        except BlockingIOError:
+            return False
+        if self._lost and not self._kept:
+            self._kept += self._line(Level.WARN, "telemt::cli", f"{self._lost} log lines lost: they could not be written")
+            self._lost = 0
+        return True
+
+    def close(self) -> None:
+        """The process ends: what is kept may go out for another moment."""
+        self._watch(False)
+        self._loop, self.patience_s = None, _LOG_PATIENCE_S / 2
+        self.flush()
+
+    def _has_room(self, timeout_s: float) -> bool:
+        """Whether PIPE_BUF bytes can be written without waiting: what POLLOUT of a pipe or socket means."""
+        poller = select.poll()
+        poller.register(self._fd, select.POLLOUT)
+        return bool(poller.poll(timeout_s * 1e3))
+
+    def _wait(self) -> bool:
+        """True if there is room again, after waiting for it where nobody else waits for us."""
+        if self.patience_s <= 0 or (self._loop is not None and self._loop.turns):
+            return False
+        begin = time.monotonic()
+        found = self._has_room(self.patience_s)
+        self.patience_s -= time.monotonic() - begin
+        return found
+
+    def _watch(self, wanted: bool) -> None:
+        if wanted is self._watched or self._loop is None:
+            return
+        self._watched = wanted
+        if wanted:
+            self._loop.watch(self._fd, WRITE, lambda _mask: self.flush())
+        else:
+            self._loop.unwatch(self._fd, WRITE)
+
+
+_LOG_KEPT_MAX: Final = 262_144
+_LOG_RETRY_S: Final = 5.0
+_LOG_PATIENCE_S: Final = 1.0
+
+
+def open_log(fd: int) -> tuple[int, bool]:
+    """Return (descriptor to log to, whether it must be asked for room before each write).
+
+    O_NONBLOCK would be set for everybody who shares this open file, the shell of our terminal for one.  So pipes and
+    terminals are opened once more, for us alone; where that is refused, and for sockets, poll() is asked.  Files never block.
+    """
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+        with contextlib.suppress(OSError):     # no /proc, another user's terminal, no reader
+            return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), False
+    return fd, not stat.S_ISREG(mode)
 
 
 def chosen_level(argument: str, configured: str) -> Level | int:
@@ -6271,7 +6419,11 @@ def run(arguments: Arguments) -> int:
     with contextlib.suppress(OSError):         # our directory may be gone
         if os.getcwd() == "/":                 # a service manager's default: relative state files belong beside the config
             os.chdir(os.path.dirname(os.path.abspath(path)))
-    return serve(loaded, arguments)
+    try:
+        return serve(loaded, arguments)
+    finally:
+        if isinstance(LogBook.sink, LogSink):
+            LogBook.sink.close()
 
 
 def serve(loaded: Loaded, arguments: Arguments) -> int:
@@ -6283,8 +6435,9 @@ def serve(loaded: Loaded, arguments: Arguments) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")      # a name that the terminal cannot show must not end the log
     colors = sys.stdout.isatty() and "NO_COLOR" not in os.environ and not settings.general.disable_colors
     threshold = chosen_level(arguments.level, settings.general.log_level)
-    LogBook.sink, LogBook.now, LogBook.threshold = LogSink(colors), time.monotonic, Level.INFO
     loop = Loop(pick_poller(settings.general.event_loop), time.monotonic)
+    sink = LogSink(sys.stdout.fileno(), colors, sys.stdout.encoding, loop)
+    LogBook.sink, LogBook.now, LogBook.threshold = sink, time.monotonic, Level.INFO
     server: Server | None = None
     arm_signals(loop, lambda: server.stop() if server is not None else loop.stop())
     try:
@@ -6318,6 +6471,9 @@ def main(words: Sequence[str]) -> int:
     arguments = parse_arguments(words)
     if arguments.action == "run":
         return run(arguments)
+    if signal.getsignal(signal.SIGINT) is _leave_early:        # a subcommand is interrupted like any other program
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if arguments.action == "init":
         return init(words)
     if arguments.action == "help":
@@ -6327,7 +6483,7 @@ def main(words: Sequence[str]) -> int:
         complain(f"telemt.py: {arguments.config}\n{USAGE.rstrip()}")
         return 2
     if arguments.action == "version":
-        print(f"telemt.py {VERSION} ({REFERENCE})")
+        say(f"telemt.py {VERSION} ({REFERENCE})")
         return 0
     complain(f"telemt.py: subcommand {arguments.action!r} is not part of this version; "
              f"a configuration file of that name is given as ./{arguments.action}")
@@ -6421,8 +6577,8 @@ LimitNOFILE=65536
 AmbientCapabilities=CAP_NET_BIND_SERVICE
 NoNewPrivileges=true
 ProtectSystem=strict
-ProtectHome=true
-PrivateTmp=true
+ProtectHome={protect_home}
+PrivateTmp={private_tmp}
 ReadWritePaths={config_dir}
 
 [Install]
@@ -6449,7 +6605,7 @@ def parse_init(words: Sequence[str]) -> InitRequest:
     for word in rest:
         if word in values:
             value = next(rest, None)
-            if value is None:
+            if value is None or value.startswith("-"):         # `--user --no-start` forgot the name
                 raise ConfigError(f"{word} needs a value", prefix=False, invalid=True)
             values[word] = value
     secret = values["--secret"] or os.urandom(16).hex()
@@ -6479,29 +6635,29 @@ def init(words: Sequence[str]) -> int:
         return 1
     try:
         os.makedirs(request.config_dir, exist_ok=True)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.fchmod(fd, 0o600)                   # it may have been there before
-        with open(fd, "w", encoding="utf-8") as file:
-            file.write(_INIT_CONFIG.format(user=request.user, port=request.port, domain=request.domain, secret=request.secret))
+        text = _INIT_CONFIG.format(user=request.user, port=request.port, domain=request.domain, secret=request.secret)
+        write_whole(path, text, replace=request.force)
     except OSError as error:
         complain(f"[telemt] Init failed: {error.strerror}: {path}")
         return 1
     complain(f"[+] Config written to {path}")
     install_unit(request, path)
     link = f"tg://proxy?server=YOUR_SERVER_IP&port={request.port}&secret=ee{request.secret}{request.domain.encode().hex()}"
-    print(f"--- Proxy Links (YOUR_SERVER_IP) ---\nUser: {request.user}\n  EE-TLS:  {link}\n------------------------\n"
-          "Put the address of this server in place of YOUR_SERVER_IP.")
+    say(f"--- Proxy Links (YOUR_SERVER_IP) ---\nUser: {request.user}\n  EE-TLS:  {link}\n------------------------\n"
+        "Put the address of this server in place of YOUR_SERVER_IP.")
     return 0
 
 
 def install_unit(request: InitRequest, path: str) -> None:
     """Write the systemd unit and start it; what fails is printed, and nothing of it is fatal."""
     script = os.path.abspath(main.__code__.co_filename)
+    needed = [os.path.realpath(at) for at in (script, sys.executable, path)] + [script, sys.executable]
+    home, temporary = (any(at.startswith(places) for at in needed) for places in (("/home/", "/root/", "/run/user/"), ("/tmp/", "/var/tmp/")))
     unit = _INIT_UNIT.format(python=unit_word(sys.executable), script=unit_word(script), config=unit_word(path),
-                             config_dir=unit_word(request.config_dir))
+                             config_dir=unit_word(request.config_dir), protect_home="read-only" if home else "true",
+                             private_tmp="false" if temporary else "true")
     try:
-        with open(_UNIT_PATH, "w", encoding="utf-8") as file:
-            file.write(unit)
+        write_whole(_UNIT_PATH, unit, replace=True, mode=0o644)
     except OSError as error:
         complain(f"[!] {_UNIT_PATH}: {error.strerror}; install this unit yourself:\n{unit}")
         return
@@ -6535,4 +6691,7 @@ def run_systemctl(words: list[str]) -> None:
 log_cli: Final = Log("cli")
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:                  # a subcommand; the proxy itself stops in order
+        sys.exit(130)

@@ -1,7 +1,10 @@
 """Room 21: arguments, log layout, levels, files, --init."""
 import os
 import re
+import socket
 import stat
+import threading
+import types
 
 import pytest
 
@@ -52,29 +55,167 @@ def test_precedence_of_levels(monkeypatch):
     assert chosen_level("verbose", "silent") == Level.DEBUG
 
 
-def test_log_layout(capsys, monkeypatch):
+class Log:
+    """A LogSink on a pipe of 64 KiB that is read when the test wants."""
+
+    def __init__(self, monkeypatch, loop=None, colors=False):
+        self.fd, self.inlet = os.pipe()
+        self.sink = LogSink(self.inlet, colors, loop=loop)
+        self.sink.patience_s = 0.0
+        self.now = 100.0
+        monkeypatch.setattr(telemt.time, "monotonic", lambda: self.now)
+
+    def say(self, text="x", level=Level.INFO, target="telemt::cli"):
+        self.sink(level, target, text)
+
+    def read(self, size=1 << 20):
+        return os.read(self.fd, size).decode()
+
+    def close(self):
+        for fd in {self.fd, self.inlet, self.sink._fd}:
+            os.close(fd)
+
+
+@pytest.fixture
+def log(monkeypatch):
+    log = Log(monkeypatch)
+    yield log
+    log.close()
+
+
+def test_log_layout(log, monkeypatch):
     monkeypatch.setattr(telemt.time, "time", lambda: 1772618400.123456)
-    LogSink(False)(Level.INFO, "telemt::links", "User: alice")
-    LogSink(True)(Level.WARN, "telemt::cli", "x")
-    plain, coloured = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"2026-03-04T10:00:00\.12345[56]Z  INFO telemt::links: User: alice", plain)
-    assert "\x1b[33m WARN\x1b[0m telemt::cli: x" in coloured
+    log.say("User: alice", target="telemt::links")
+    assert re.fullmatch(r"2026-03-04T10:00:00\.12345[56]Z  INFO telemt::links: User: alice\n", log.read())
+    log.sink._colors = True
+    log.say(level=Level.WARN)
+    assert "\x1b[33m WARN\x1b[0m telemt::cli: x\n" in log.read()
 
 
-def test_a_record_is_one_line_whatever_a_name_holds(capsys):
-    LogSink(False)(Level.INFO, "telemt::links", "User: a\nFAKE \x1b[31m\u2028 ж → \ttab")
-    out = capsys.readouterr().out
+def test_a_record_is_one_line_whatever_a_name_holds(log):
+    log.say("User: a\nFAKE \x1b[31m\u2028 ж → \ttab")
+    out = log.read()
     assert out.count("\n") == 1 and out.endswith("User: a\\nFAKE \\x1b[31m\\u2028 ж → \ttab\n")
 
 
-def test_a_closed_stdout_does_not_end_the_proxy(monkeypatch):
-    class Gone:
-        def write(self, _):
-            raise BrokenPipeError
+def test_a_name_that_the_terminal_cannot_show(log):
+    log.sink._encoding = "latin-1"
+    log.say("ж")
+    assert log.read().endswith("\\u0436\n")
 
-    monkeypatch.setattr(telemt.sys, "stdout", Gone())
-    monkeypatch.setattr(telemt.LogBook, "sink", None)
-    LogSink(False)(Level.INFO, "telemt::cli", "x")
+
+@pytest.mark.parametrize("asks", [False, True], ids=["own-open-file", "poll"])
+def test_a_log_that_nobody_reads_never_blocks(log, monkeypatch, asks):
+    """Found from outside: the loop stood in write(2) after 64 KiB.  What is too much is counted, everything else arrives in order."""
+    assert log.sink._fd != log.inlet and not log.sink._asks
+    if asks:
+        monkeypatch.setattr(telemt.os, "open", lambda *_: (_ for _ in ()).throw(OSError))
+        os.close(log.sink._fd)
+        log.sink._fd, log.sink._asks = telemt.open_log(log.inlet)
+        assert (log.sink._fd, log.sink._asks) == (log.inlet, True)
+    text = "y" * 1000
+    for number in range(1000):
+        log.say(f"{number} {text}")
+    heard = ""
+    while (piece := log.read(65536)) and "log lines lost" not in (heard := heard + piece):
+        log.sink.flush()
+    *lines, notice = heard.splitlines()
+    numbers = [int(line.split()[3]) for line in lines]
+    assert numbers == list(range(len(numbers))) and 250 < len(numbers) < 340
+    assert notice.endswith(f" WARN telemt::cli: {1000 - len(numbers)} log lines lost: they could not be written")
+    log.say("again")
+    assert log.read().endswith(": again\n")
+
+
+def test_the_open_file_of_stdout_stays_as_it_was(log):
+    """O_NONBLOCK is shared with everybody who has the same open file: the shell would see EAGAIN."""
+    assert os.get_blocking(log.inlet) and not os.get_blocking(log.sink._fd)
+
+
+def test_a_log_with_room_again_goes_on_by_itself(monkeypatch):
+    loop = telemt.Loop(telemt.pick_poller("auto"), lambda: 100.0)
+    log = Log(monkeypatch, loop)
+    try:
+        for _ in range(100):
+            log.say("y" * 1000)
+        assert log.sink._watched and not loop.poller.poll(0)
+        heard = log.read(65536)
+        loop._turn(loop.poller.poll(0))
+        assert not log.sink._watched and (heard + log.read()).count("\n") == 100
+    finally:
+        log.close()
+        loop.mailbox.close()
+
+
+def test_a_failed_write_is_tried_again_after_a_while(log, monkeypatch):
+    """Found from outside: one full disk ended logging until the next start."""
+    real, calls = os.write, []
+
+    def full(fd, data):
+        calls.append(bytes(data))
+        if len(calls) == 1:
+            return real(fd, data[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(telemt.os, "write", full)
+    log.say("one")
+    log.say("two")                             # not even tried
+    assert len(calls) == 2
+    log.now += 4.9
+    log.say("three")
+    assert len(calls) == 2
+    log.now += 0.2
+    monkeypatch.setattr(telemt.os, "write", real)
+    log.say("four")
+    assert [line.rpartition(" ")[2] for line in log.read().splitlines()] == ["one", "two", "three", "four"]
+
+
+def test_a_record_of_a_signal_handler_joins_the_queue(log, monkeypatch):
+    real = os.write
+
+    def interrupted(fd, data):
+        sent = real(fd, data)
+        monkeypatch.setattr(telemt.os, "write", real)
+        log.say("two")
+        return sent
+
+    monkeypatch.setattr(telemt.os, "write", interrupted)
+    log.say("one")
+    assert [line.rpartition(" ")[2] for line in log.read().splitlines()] == ["one", "two"]
+
+
+def test_a_socket_as_log(monkeypatch):
+    """What a service manager gives us: it cannot be opened again, so poll() is asked."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        sink = LogSink(ours.fileno(), False)
+        sink.patience_s = 0.0
+        assert (sink._fd, sink._asks) == (ours.fileno(), True)
+        for _ in range(2000):
+            sink(Level.INFO, "telemt::cli", "y" * 1000)
+        assert sink._lost and len(sink._kept) > 200_000
+
+
+def test_the_last_lines_go_out_while_the_reader_is_slow(monkeypatch):
+    fd, inlet = os.pipe()
+    sink = LogSink(inlet, False)
+    sink.patience_s = 0.0
+    for number in range(200):
+        sink(Level.INFO, "telemt::cli", f"{number} " + "y" * 1000)
+    heard = []
+
+    def read_slowly():
+        while data := os.read(fd, 65536):
+            heard.append(data)
+
+    reader = threading.Thread(target=read_slowly)
+    reader.start()
+    sink.close()
+    os.close(inlet)
+    os.close(sink._fd)
+    reader.join()
+    os.close(fd)
+    assert b"".join(heard).count(b"\n") == 200
 
 
 def test_default_config_is_private_random_and_loads(tmp_path):
@@ -116,13 +257,28 @@ def test_wrong_bytes_are_named(tmp_path):
         load_config(str(tmp_path / "x.toml"))
 
 
+@pytest.mark.parametrize("what", ["fifo", "device", "endless"])
+def test_a_config_that_would_never_end(tmp_path, monkeypatch, what):
+    """Found from outside: a FIFO without a writer was waited for, /dev/zero read until memory was gone."""
+    path = tmp_path / "x.toml"
+    if what == "fifo":
+        os.mkfifo(path)
+    elif what == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        monkeypatch.setattr(telemt, "_CONFIG_MAX", 1 << 20)
+        path.write_bytes(b"#" * ((1 << 20) + 1))
+    with pytest.raises(ConfigError, match="larger than 1 MiB" if what == "endless" else "not a regular file"):
+        load_config(str(path))
+
+
 # -- --init
 
 
 @pytest.mark.parametrize(("words", "text", "invalid"), [
     (["--init", "--secret", "xyz"], "Secret must be exactly 32 hex characters", False),
     (["--init", "--user", "a b"], "User name must be", False), (["--init", "--domain", "a/b"], "Domain must not contain", False),
-    (["--init", "--port"], "--port needs a value", True),
+    (["--init", "--port"], "--port needs a value", True), (["--init", "--user", "--no-start"], "--user needs a value", True),
 ])
 def test_init_refuses(words, text, invalid):
     with pytest.raises(ConfigError, match=text) as caught:
@@ -153,6 +309,34 @@ def test_init_writes_config_and_unit(tmp_path, monkeypatch, capsys):
         assert line in unit
     assert telemt.main(words) == 1 and "use --force to overwrite" in capsys.readouterr().err
     assert telemt.main([*words, "--force"]) == 0
+
+
+def test_init_replaces_a_file_only_as_a_whole(tmp_path, monkeypatch, capsys):
+    """Found from outside: --force truncated the configuration before the new one was written."""
+    monkeypatch.setattr(telemt, "_UNIT_PATH", str(tmp_path / "missing" / "telemt.service"))
+    (tmp_path / "real.toml").write_text("old")
+    (tmp_path / "config.toml").symlink_to("real.toml")
+    with monkeypatch.context() as full:
+        full.setattr(telemt.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert telemt.main(["--init", "--force", "--config-dir", str(tmp_path)]) == 1
+    assert (tmp_path / "real.toml").read_text() == "old" and sorted(os.listdir(tmp_path)) == ["config.toml", "real.toml"]
+    assert telemt.main(["--init", "--force", "--config-dir", str(tmp_path)]) == 0
+    assert (tmp_path / "config.toml").is_symlink() and "[access.users]" in (tmp_path / "real.toml").read_text()
+
+
+@pytest.mark.parametrize(("script", "lines"), [
+    ("/usr/local/bin/telemt.py", ["ProtectHome=true", "PrivateTmp=true"]), ("/home/anna/telemt.py", ["ProtectHome=read-only", "PrivateTmp=true"]),
+    ("/root/telemt.py", ["ProtectHome=read-only", "PrivateTmp=true"]), ("/tmp/x/telemt.py", ["ProtectHome=true", "PrivateTmp=false"]),
+])
+def test_the_unit_can_reach_its_script(tmp_path, monkeypatch, script, lines):
+    """Found from outside: a script under /home or /root could not be started, because its unit hid those places."""
+    monkeypatch.setattr(telemt, "_UNIT_PATH", str(tmp_path / "telemt.service"))
+    monkeypatch.setattr(telemt, "run_systemctl", lambda _: None)
+    monkeypatch.setattr(telemt.sys, "executable", "/usr/bin/python3")
+    monkeypatch.setattr(telemt, "main", types.SimpleNamespace(__code__=types.SimpleNamespace(co_filename=script)))
+    telemt.install_unit(parse_init(["--init"]), "/etc/telemt/config.toml")
+    unit = (tmp_path / "telemt.service").read_text().splitlines()
+    assert [line for line in unit if line.startswith(("ProtectHome", "PrivateTmp"))] == lines
 
 
 def test_init_tightens_a_file_that_was_there(tmp_path, monkeypatch):

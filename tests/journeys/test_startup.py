@@ -31,6 +31,36 @@ def test_version(tmp_path: Path, option: str) -> None:
     assert re.fullmatch(VERSION + "\n", run.stdout)
 
 
+def test_version_that_cannot_be_written(tmp_path: Path) -> None:
+    """Found from outside: a traceback, and Python's exit code 120."""
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        run = subprocess.run([sys.executable, "-B", str(PROGRAM), "-V"], cwd=tmp_path, env=clean_env(), timeout=20, check=False,
+                             stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (run.returncode, run.stderr) == (1, "telemt.py: cannot write to stdout: No space left on device\n")
+
+
+def test_a_log_on_a_full_disk_costs_nothing_else(rig: Rig) -> None:
+    """Nor does the end: exit 0, not Python's 120 for what it could not flush."""
+    full = ["sh", "-c", 'exec "$@" > /dev/full', "sh", sys.executable, "-B", str(PROGRAM)]
+    proxy = rig.proxy(command=full, ready="")
+    poll(lambda: proxy.fds()["listen"], "the listener", 20.0)
+    proxy.quiet_fds = proxy.fds()
+    rig.client().req_pq()
+    rig.close_clients()
+    proxy.settle()
+    proxy.process.send_signal(signal.SIGTERM)
+    assert (proxy.wait_exit(), proxy.lines, proxy.errors) == (0, [], [])
+
+
+@pytest.mark.parametrize("flags", [["-mcProfile"], ["-m", "cProfile"], ["-Bu", "-X", "dev", "-Wignore"]], ids=str)
+def test_started_through_python_options(tmp_path: Path, flags: list[str]) -> None:
+    """Found from outside: `-mcProfile` with its name joined led into a wrong command line after the change of images."""
+    run = subprocess.run([sys.executable, *flags, str(PROGRAM), "--version"], cwd=tmp_path, env=clean_env(), timeout=60, check=False,
+                         capture_output=True, text=True)
+    assert run.returncode == 0 and not run.stderr, run.stderr
+    assert re.match(VERSION, run.stdout), run.stdout
+
+
 @pytest.mark.parametrize("option", ["--help", "-h"])
 def test_help(tmp_path: Path, option: str) -> None:
     run = run_program(option, cwd=tmp_path)
