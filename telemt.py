@@ -6105,7 +6105,7 @@ def write_whole(path: str, text: str, *, replace: bool, mode: int = 0o600) -> No
             file.flush()
             os.fsync(fd)
         os.replace(draft, path)
-    except BaseException:
+    except OSError:
         os.unlink(draft)
         raise
 
@@ -6652,7 +6652,8 @@ def install_unit(request: InitRequest, path: str) -> None:
     """Write the systemd unit and start it; what fails is printed, and nothing of it is fatal."""
     script = os.path.abspath(main.__code__.co_filename)
     needed = [os.path.realpath(at) for at in (script, sys.executable, path)] + [script, sys.executable]
-    home, temporary = (any(at.startswith(places) for at in needed) for places in (("/home/", "/root/", "/run/user/"), ("/tmp/", "/var/tmp/")))
+    home = any(at.startswith(("/home/", "/root/", "/run/user/")) for at in needed)
+    temporary = any(at.startswith(("/tmp/", "/var/tmp/")) for at in needed)
     unit = _INIT_UNIT.format(python=unit_word(sys.executable), script=unit_word(script), config=unit_word(path),
                              config_dir=unit_word(request.config_dir), protect_home="read-only" if home else "true",
                              private_tmp="false" if temporary else "true")

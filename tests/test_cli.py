@@ -325,7 +325,8 @@ def test_init_replaces_a_file_only_as_a_whole(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("script", "lines"), [
-    ("/usr/local/bin/telemt.py", ["ProtectHome=true", "PrivateTmp=true"]), ("/home/anna/telemt.py", ["ProtectHome=read-only", "PrivateTmp=true"]),
+    ("/usr/local/bin/telemt.py", ["ProtectHome=true", "PrivateTmp=true"]),
+    ("/home/anna/telemt.py", ["ProtectHome=read-only", "PrivateTmp=true"]),
     ("/root/telemt.py", ["ProtectHome=read-only", "PrivateTmp=true"]), ("/tmp/x/telemt.py", ["ProtectHome=true", "PrivateTmp=false"]),
 ])
 def test_the_unit_can_reach_its_script(tmp_path, monkeypatch, script, lines):
