@@ -22,7 +22,7 @@ SHELL   := /bin/sh
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run venv test check lint types house fuzz laws bench bench-check test-all clean
+.PHONY: help run venv deps-test test check lint types house fuzz laws bench bench-check test-all clean
 
 help: ## list the targets
 	@while IFS= read -r line; do \
@@ -43,6 +43,9 @@ $(STAMP): pyproject.toml
 	@"$(PY)" -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"], sep="\n")' > "$(VENV)/dev-extras.txt"
 	"$(PY)" -m pip install --quiet --upgrade -r "$(VENV)/dev-extras.txt"
 	@touch "$@"
+
+deps-test: ## install what only the tests need (nginx, haproxy ...) by apt; without root or network it says so and goes on
+	@sh tools/deps_test.sh
 
 test: $(STAMP) ## run every test in two processes; ARGS='-k word' narrows
 	"$(PY)" -m pytest -n $(JOBS) $(ARGS)

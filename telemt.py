@@ -14,6 +14,7 @@ contents; tools/house_check.py keeps this map true.  Missing numbers are rooms o
    4  buffer      pure  <- 1               Inbox: bytes of a peer that is not understood yet
    6  obfuscated  pure  <- 1 3             64-byte preambles of clients and for data centres
    7  faketls     pure  <- 1 3             ClientHello, ServerHello flight, records
+   8  neighbours  pure  <- 1 2             PROXY headers
   10  stats       pure  <- 1               counters, and the snapshots that other threads look at
   11  access      pure  <- 1 2 3 6 7 10    users, limits, tickets, replay windows, who is this
   12  planner     pure  <- 1 2             which links to the middle end exist: facts and `now` in, actions out
@@ -613,13 +614,14 @@ def parse_ip_port(text: str) -> tuple[IpAddress, int] | None:
     """Return (address, port) of `IP:PORT` or `[IPv6]:PORT`; None for anything else."""
     host, _, digits = text.rpartition(":")
     bracketed = host[:1] == "[" and host[-1:] == "]"
-    address, port = parse_ip(host[1:-1] if bracketed else host), _parse_port(digits)
+    address, port = parse_ip(host[1:-1] if bracketed else host), parse_port(digits)
     if address is None or port is None or bracketed != (address.version == 6):
         return None
     return address, port
 
 
-def _parse_port(text: str) -> int | None:
+def parse_port(text: str) -> int | None:
+    """Return a port of ASCII digits, 0..65535; None for anything else."""
     if not (text.isascii() and text.isdigit()):
         return None
     digits = text.lstrip("0") or "0"
@@ -1128,7 +1130,7 @@ def parse_dns_overrides(entries: Iterable[str], *, invalid: bool = False) -> dic
     found = {}
     for entry in map(str.strip, entries):
         host, port_text, ip_text = (*map(str.strip, entry.split(":", 2)), "", "")[:3]
-        port, bracketed = _parse_port(port_text.removeprefix("+")), ip_text[:1] == "[" and ip_text[-1:] == "]"
+        port, bracketed = parse_port(port_text.removeprefix("+")), ip_text[:1] == "[" and ip_text[-1:] == "]"
         ip = parse_ip(ip_text[1:-1] if bracketed else ip_text)
         faults = (
             (not entry, "entry cannot be empty"),
@@ -2940,6 +2942,117 @@ class RecordReader:
 
 _HEADER: Final = struct.Struct(">BHH")           # type, version, length
 _EXTENSION: Final = struct.Struct(">HH")         # type, length
+
+
+# == 8. neighbours ===========================================================
+# The small protocols of whoever stands next to us.
+#
+# PROXY protocol: one header in front of a connection that says who the client
+# of a load balancer is.  We read it on our listeners and write it to a mask
+# host.  Version 1 is a line of text, version 2 binary with a length:
+#
+#   PROXY TCP4 192.0.2.1 203.0.113.9 12345 443 CR LF          (at most 107 bytes)
+#   0D 0A 0D 0A 00 0D 0A 51 55 49 54 0A | 2c | family | u16 n | addresses, TLVs
+#
+# Trap: n may be 65,535 bytes of TLVs; they are skipped, so a header never costs
+# more memory than its addresses.
+# Source: client-protocol.md 3, 11.1 and D4; haproxy.org proxy-protocol.txt.
+
+PROXY_HEAD_MAX: Final = 107              # longest line of version 1; version 2 says all we use in its first 52 bytes
+_PROXY_V1: Final = b"PROXY "
+_PROXY_V2: Final = b"\r\n\r\n\0\r\nQUIT\n"
+_V2_FIXED: Final = struct.Struct(">12sBBH")      # signature, version and command, family, length of the rest
+_V2_ADDRESSES: Final = {4: struct.Struct(">4s4sHH"), 6: struct.Struct(">16s16sHH")}
+_V2_FAMILIES: Final = {1: 4, 2: 6}               # high nibble of the family byte -> IP version
+
+Address: TypeAlias = "tuple[str, int]"           # IP without brackets, port
+
+
+class ProxyHeader(NamedTuple):
+    """What a PROXY header says; without addresses (a health check, an unknown family) the ends of the TCP connection hold."""
+
+    version: int
+    size: int                            # bytes of the whole header, TLVs included: they need not have arrived
+    source: Address | None = None        # the client
+    destination: Address | None = None   # where it connected to
+
+
+def parse_proxy_header(head: bytes) -> ProxyHeader | None:
+    """Return the PROXY header that `head` begins with, or None while it may still become one.
+
+    No more than PROXY_HEAD_MAX bytes are looked at.  Raises WireError(PROXY_INVALID) as soon as it cannot be one.
+    """
+    if head.startswith(_PROXY_V1):
+        return _parse_proxy_line(head)
+    if head.startswith(_PROXY_V2):
+        return _parse_proxy_block(head)
+    if _PROXY_V1.startswith(head) or _PROXY_V2.startswith(head):
+        return None
+    raise WireError(Reason.PROXY_INVALID)
+
+
+def _parse_proxy_line(head: bytes) -> ProxyHeader | None:
+    end = head.find(b"\r\n", 0, PROXY_HEAD_MAX)
+    if end < 0:
+        if len(head) >= PROXY_HEAD_MAX:
+            raise WireError(Reason.PROXY_INVALID)
+        return None
+    line = head[len(_PROXY_V1):end]
+    if line == b"UNKNOWN" or line.startswith(b"UNKNOWN "):
+        return ProxyHeader(1, end + 2)
+    if not line.isascii():
+        raise WireError(Reason.PROXY_INVALID)
+    words = line.decode("ascii").split(" ")
+    if len(words) != 5 or words[0] not in ("TCP4", "TCP6"):
+        raise WireError(Reason.PROXY_INVALID)
+    ports = [parse_port(word) for word in words[3:]]
+    addresses = [parse_ip(word) for word in words[1:3]]
+    if any(ip is None or ip.version != int(words[0][3]) for ip in addresses):
+        raise WireError(Reason.PROXY_INVALID)
+    if ports[0] is None or ports[1] is None:
+        raise WireError(Reason.PROXY_INVALID)
+    return ProxyHeader(1, end + 2, (_unmapped(addresses[0]), ports[0]), (_unmapped(addresses[1]), ports[1]))
+
+
+def _parse_proxy_block(head: bytes) -> ProxyHeader | None:
+    if len(head) < _V2_FIXED.size:
+        return None
+    _, command, family, length = _V2_FIXED.unpack_from(head)
+    if command not in (0x20, 0x21):
+        raise WireError(Reason.PROXY_INVALID)
+    size = _V2_FIXED.size + length
+    if command == 0x20 or family >> 4 == 0:        # LOCAL: the balancer speaks for itself; or a family it cannot name
+        return ProxyHeader(2, size)
+    layout = _V2_ADDRESSES.get(_V2_FAMILIES.get(family >> 4, 0))
+    if layout is None or length < layout.size:
+        raise WireError(Reason.PROXY_INVALID)
+    if len(head) < _V2_FIXED.size + layout.size:
+        return None
+    source, destination, source_port, destination_port = layout.unpack_from(head, _V2_FIXED.size)
+    return ProxyHeader(2, size, (_unmapped(ipaddress.ip_address(source)), source_port),
+                       (_unmapped(ipaddress.ip_address(destination)), destination_port))
+
+
+def _unmapped(address: IpAddress | None) -> str:
+    """Text of an address, an IPv4-mapped one as IPv4."""
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+def build_proxy_header(version: int, source: Address | None, destination: Address | None) -> bytes:
+    """Return the header that tells a mask host who the client is; a pair of mixed families, or none, is `unknown`.
+
+    version: 1 or 2 (client-protocol.md 11.1 step 5).
+    """
+    families = {6 if ":" in end[0] else 4 for end in (source, destination) if end is not None}
+    if source is None or destination is None or len(families) != 1:
+        return b"PROXY UNKNOWN\r\n" if version == 1 else _V2_FIXED.pack(_PROXY_V2, 0x20, 0, 0)
+    family = families.pop()
+    if version == 1:
+        return f"PROXY TCP{family} {source[0]} {destination[0]} {source[1]} {destination[1]}\r\n".encode()
+    layout = _V2_ADDRESSES[family]
+    ends = [ipaddress.ip_address(end[0]).packed for end in (source, destination)]
+    return (_V2_FIXED.pack(_PROXY_V2, 0x21, 0x11 if family == 4 else 0x21, layout.size)
+            + layout.pack(*ends, source[1], destination[1]))
 
 
 # == 10. stats ===============================================================

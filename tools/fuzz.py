@@ -333,6 +333,23 @@ def check_preamble(data: bytes) -> str:
     return preamble.transport.name + (" reserved" if strange else "")
 
 
+def check_proxy(data: bytes) -> str:
+    """A PROXY header: no byte more changes what was said, and what we build of it says the same."""
+    earlier = None
+    for size in range(min(len(data), telemt.PROXY_HEAD_MAX + 20) + 1):
+        header = telemt.parse_proxy_header(data[:size])
+        assert earlier is None or header == earlier, "a header changed its mind"
+        earlier = header
+    if earlier is None or earlier.source is None or earlier.destination is None:
+        return str(earlier and earlier.version)
+    for version in (1, 2):
+        again = telemt.parse_proxy_header(telemt.build_proxy_header(version, earlier.source, earlier.destination))
+        same_family = (":" in earlier.source[0]) == (":" in earlier.destination[0])     # IPv4-mapped ends may differ
+        assert again is not None
+        assert (again.source, again.destination) == ((earlier.source, earlier.destination) if same_family else (None, None))
+    return f"v{earlier.version}"
+
+
 # -- targets: text of the operator -------------------------------------------------------------------------------------------------
 
 CONFIG = (telemt.ConfigError,)
@@ -424,6 +441,10 @@ def config_words() -> list[bytes]:
     return [*tables, *keys, *values]
 
 
+PROXIES = [telemt.build_proxy_header(version, (ip, 1234), (other, 443)) + b"\x16\x03\x01" for version in (1, 2)
+           for ip, other in (("192.0.2.1", "203.0.113.9"), ("2001:db8::1", "::1"), ("192.0.2.1", "::1"))]
+
+
 def all_targets() -> list[Target]:
     """Every pure parser."""
     hellos = [client_hello(b"petrovich.ru", {29: 32}), client_hello(b"", {4588: 1216, 29: 32}, size=1700),
@@ -436,6 +457,7 @@ def all_targets() -> list[Target]:
         Target("records", check_records, [records, records + b"\x15\x03\x03\0\x02\x02\x28more", b"\x17\x03\x03\x40\0" + noise(16_384)],
                WIRE, [b"\x17\x03\x03", b"\x14\x03\x03\0\x01\x01", b"\x15\x03\x03\0\x02", b"\x41\0"]),
         Target("preamble", check_preamble, preambles, WIRE, [b"\xef", b"GET ", b"\xdd\xdd\xdd\xdd", b"\0\0\0\0"]),
+        Target("proxy", check_proxy, PROXIES, WIRE, [b"TCP6", b"UNKNOWN", b"\r\n", b"::ffff:", b" ", b"0", b"\x21\x21\0\x24"]),
         Target("config", check_config, [SAMPLE, SAMPLE.replace(b"\n#", b"\n"), b"", b"a = " + b"[" * 3_000], CONFIG, config_words()),
         Target("settings", check_settings, [b"", bytes(range(80)), bytes(range(80, 160)), bytes(range(160, 240))], CONFIG),
         Target("include", check_include, includes, CONFIG, [b"include = ", b'"1"', b"'2'", b"\0", b'"""', b"'''", b"\n", b"#", b"\\"]),
