@@ -23,7 +23,7 @@ contents; tools/house_check.py keeps this map true.  Missing numbers are rooms o
   15  upstreams   io    <- 1 2 10 13 14    data-centre addresses, connect cycles
   18  relay       io    <- 1 11 13 14      a session that has both its ends
   19  session     io    <- 1 2 4 6 7 10 11 13-15 18   from accept to a relay
-  20  server      io    <- 1-3 10 11 13-15 18 19    listeners, places, sweep, links, stop
+  20  server      io    <- 1-3 10 11 13-15 18 19    listeners, places, sweep, reload, links, stop, the seam to telemt_api.py
   21  cli         io    <- 1-3 13 20       arguments, files, log on stdout, process set-up, main()
 
 The trip of one client.  `Listener` accepts; `Server._on_accept` gives it a place and a `ClientSession`, which sniffs the
@@ -979,6 +979,18 @@ def diff_settings(old: Any, new: Any, path: str = "") -> tuple[Change, ...]:
         elif before != after:
             changes.append(Change(path + name, before, after, spec.reload))
     return tuple(changes)
+
+
+def merge_hot(running: Settings, new: Settings) -> Settings:
+    """Return `running` with the hot keys of `new`: what is in force after a reload (config.md 8 item 1)."""
+    merged = running
+    for change in diff_settings(running, new):
+        if change.reload in (Reload.HOT, Reload.HOT_OURS):
+            merged = _with_value(merged, change.path, change.new)
+    old, cert = running.censorship, new.censorship
+    if old.mask_host == old.tls_domain != cert.tls_domain == cert.mask_host:     # follows a name that needs a restart
+        merged = _with_value(merged, "censorship.mask_host", old.mask_host)
+    return merged
 
 
 def _value_at(root: Any, path: str) -> Any:
@@ -5887,6 +5899,19 @@ class Server:
         for listener in self.places.listeners:
             listener.resume()
 
+    @property
+    def port(self) -> int:
+        """Port that clients connect to: the configured one, or what the system chose for 0."""
+        chosen = self.places.listeners[0].address[1] if self.places.listeners else 0
+        return self.settings.server.port or chosen
+
+    def reload(self, loaded: Loaded) -> None:
+        """Put the hot keys of a configuration in force."""
+        self.settings = merge_hot(self.settings, loaded.settings)
+        self.doorman.apply(self.settings.access)
+        self.counters.enabled = self.settings.general.telemetry.core_enabled
+        self.count_users = self.settings.general.telemetry.user_enabled
+
     def _on_accept(self, sock: socket.socket, peer: Any) -> None:
         if not OPTIONS_INHERITED:
             tune_client(sock, self.settings.timeouts.client_keepalive, self.settings.timeouts.client_ack)
@@ -5978,7 +6003,50 @@ def _holds(pid: str, inodes: set[str]) -> bool:
     return False
 
 
-# -- links (config.md 5.4)
+# -- configuration files
+
+def read_config_bytes(path: str) -> bytes:
+    """Return what a configuration file holds.  Raises OSError or ConfigError.
+
+    A pipe without a writer or a device without an end would be waited for until the end of days.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    with open(fd, "rb") as file:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            raise ConfigError(f"{path}: not a regular file")
+        data = file.read(_CONFIG_MAX + 1)
+    if len(data) > _CONFIG_MAX:
+        raise ConfigError(f"{path}: larger than {_CONFIG_MAX >> 20} MiB")
+    return data
+
+
+def read_config_file(including: str, wanted: str, given: Mapping[str, bytes] | None = None) -> tuple[str, str]:
+    """Return (path, text) of a file named in `including` (empty: the main file).  Raises OSError or ConfigError.
+
+    given: path -> bytes that count instead of what is on disk.
+    """
+    path = os.path.join(os.path.dirname(including), wanted) if including else wanted
+    data = given[path] if given and path in given else read_config_bytes(path)
+    try:
+        return path, data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid UTF-8 at byte {error.start}") from None
+
+
+def load_config(path: str) -> Loaded:
+    """Return the configuration of a file with its includes.  Raises OSError or ConfigError."""
+    _, text = read_config_file("", path)
+    text, _included = expand_includes(text, path, read_config_file)
+    return parse_settings(parse_document(text), _draws)
+
+
+_draws: Final = Draws(lambda: 1024 + int(draw_fraction() * 3072))
+
+
+# -- links (config.md 5.4, api.md 10)
 
 _BOGONS: Final = tuple(map(ipaddress.ip_network, (
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24",
@@ -5992,33 +6060,78 @@ def is_bogon(ip: str) -> bool:
     return any(address.version == net.version and address in net for net in _BOGONS)
 
 
-def link_host(entry: ListenerEntry, detected: tuple[str | None, str | None], settings: Settings) -> str:
-    """Host of the links of one listener: its announce, the detected address of a wildcard's family, or its own address.
+def public_ip(version: int, detected: tuple[str | None, str | None], settings: Settings) -> str | None:
+    """The address of a family that clients can reach us at, as far as known.
 
     Behind NAT the configured public address wins over a private local one (config.md 8 item 14).
     """
+    local, nat_ip = detected[version == 6], settings.general.middle_proxy_nat_ip
+    if nat_ip is not None and nat_ip.version == version and (local is None or is_bogon(local)):
+        return str(nat_ip)
+    return local
+
+
+def link_host(entry: ListenerEntry, detected: tuple[str | None, str | None], settings: Settings) -> str:
+    """Host of the links of one listener: its announce, the public address of a wildcard's family, or its own address."""
     if entry.announce:
         return entry.announce
     if not entry.ip.is_unspecified:
         return str(entry.ip)
-    local = detected[entry.ip.version == 6]
-    nat_ip = settings.general.middle_proxy_nat_ip
-    if nat_ip is not None and nat_ip.version == entry.ip.version and (local is None or is_bogon(local)):
-        return str(nat_ip)
-    return local or str(entry.ip)
+    return public_ip(entry.ip.version, detected, settings) or str(entry.ip)
 
 
-def user_links(settings: Settings, secret: str, host: str, port: int) -> list[tuple[str, str]]:
-    """(label, link) rows of one user, as configured modes admit: Classic, DD, then one EE-TLS per domain."""
+def link_hosts(settings: Settings, detected: tuple[str | None, str | None]) -> list[str]:
+    """Hosts of the links that the API hands out, best first; may be empty (api.md 10)."""
+    host = (settings.general.links.public_host or "").strip()
+    if host:
+        return [host]
+    found: list[str | None] = []
+    for entry in settings.server.listeners:
+        announce = (entry.announce or "").strip()
+        if announce and not _is_unspecified(announce):
+            found.append(announce)
+        else:
+            found.append(public_ip(entry.ip.version, detected, settings) if entry.ip.is_unspecified else str(entry.ip))
+    if not any(found):
+        found = [public_ip(4, detected, settings), public_ip(6, detected, settings)]
+    if not any(found):
+        found = [text.strip() for text in (settings.server.listen_addr_ipv4, settings.server.listen_addr_ipv6)]
+        found = [text for text in found if text and not _is_unspecified(text)]
+    return [host for host in dict.fromkeys(found) if host]
+
+
+def _is_unspecified(text: str) -> bool:
+    ip = parse_ip(text)
+    return ip is not None and ip.is_unspecified
+
+
+def _escape_host(host: str) -> str:
+    """Percent-encode what has no place in the query of a link."""
+    return re.sub("[^A-Za-z0-9_.~:-]", lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode(errors="replace")), host)
+
+
+class Link(NamedTuple):
+    """One tg:// link of a user."""
+
+    label: str       # in the log: Classic, DD, EE-TLS
+    link: str
+    kind: str        # in the API: classic, secure, tls
+    host: str
+    domain: str      # of a tls link, else empty
+
+
+def user_links(settings: Settings, secret: str, host: str, port: int) -> list[Link]:
+    """Links of one user and host, as configured modes admit: Classic, DD, then one EE-TLS per domain."""
     modes, cert = settings.general.modes, settings.censorship
     base = f"tg://proxy?server={host}&port={port}&secret="
     rows = []
     if modes.classic:
-        rows.append(("Classic", base + secret))
+        rows.append(Link("Classic", base + secret, "classic", host, ""))
     if modes.secure:
-        rows.append(("DD", f"{base}dd{secret}"))
+        rows.append(Link("DD", f"{base}dd{secret}", "secure", host, ""))
     if modes.tls:
-        rows += [("EE-TLS", f"{base}ee{secret}{domain.encode().hex()}") for domain in (cert.tls_domain, *cert.tls_domains)]
+        rows += [Link("EE-TLS", f"{base}ee{secret}{domain.encode().hex()}", "tls", host, domain)
+                 for domain in (cert.tls_domain, *cert.tls_domains)]
     return rows
 
 
@@ -6038,12 +6151,108 @@ def print_links(settings: Settings, host: str, port: int) -> None:
             log_links.warn("User '%s' in show_link not found", name)
             continue
         log_links.info("User: %s", name)
-        for label, link in user_links(settings, users[name], host, port):
-            log_links.info("  %-9s%s", label + ":", link)
-            rows.append((name, label, link.replace("tg://proxy", "https://t.me/proxy", 1)))
+        for row in user_links(settings, users[name], host, port):
+            log_links.info("  %-9s%s", row.label + ":", row.link)
+            rows.append((name, row.label, row.link.replace("tg://proxy", "https://t.me/proxy", 1)))
     log_links.info("------------------------")
-    for row in rows:
-        log_links.info("Web link of %s (%s): %s", *row)
+    for web in rows:
+        log_links.info("Web link of %s (%s): %s", *web)
+
+
+# -- the seam to the control plane
+
+class Control:
+    """All that the control plane sees of the running proxy (ControlPort in telemt_api.py); usable from any thread.
+
+    Settings, counters and users are published whole and only read: the loop thread replaces or adds, nobody locks.
+    """
+
+    def __init__(self, server: Server, config_path: str) -> None:
+        self._server = server
+        self.config_path = os.path.abspath(config_path)
+        self.started_at = server.loop.clock()
+        self.started_wall = time.time()
+        self.sources = Sources()
+        self.log = Log("api")
+
+    @property
+    def settings(self) -> Settings:
+        """What is in force now."""
+        return self._server.settings
+
+    @property
+    def counters(self) -> Counters:
+        """Process-wide totals."""
+        return self._server.counters
+
+    @property
+    def users(self) -> Mapping[str, User]:
+        """Configured users with what they use, in file order."""
+        return self._server.doorman.users.users
+
+    def ask(self, build: Callable[[], _T], timeout_s: float) -> _T:
+        """Run `build` on the loop thread and return its value; what it raises is raised here.
+
+        Raises TimeoutError when the loop does not come to it in time; it is not run later then.  Never from the loop thread itself.
+        """
+        import threading
+        done = threading.Event()
+        answer: list[_T | Exception] = []
+        wanted = [True]
+
+        def run() -> None:
+            if not wanted:
+                return
+            try:
+                answer.append(build())
+            except Exception as error:
+                answer.append(error)
+            done.set()
+
+        self._server.loop.call_from_thread(run)
+        if not done.wait(timeout_s):
+            wanted.clear()
+            raise TimeoutError(f"the data plane did not answer within {timeout_s:g} s")
+        if isinstance(answer[0], Exception):
+            raise answer[0]
+        return answer[0]
+
+    # -- configuration, without the loop
+
+    def expand(self, text: str, given: Mapping[str, bytes] | None = None) -> tuple[str, tuple[str, ...]]:
+        """Return a main file's text with its includes in place, and their paths.  Raises ConfigError.
+
+        given: path -> bytes that count instead of what is on disk.
+        """
+        return expand_includes(text, self.config_path, lambda including, wanted: read_config_file(including, wanted, given))
+
+    def parse(self, text: str) -> dict[str, Any]:
+        """Return the tables of an expanded text.  Raises ConfigError."""
+        return parse_document(text)
+
+    def accept(self, document: dict[str, Any]) -> Loaded:
+        """Return what the tables mean, validated as at a start.  Raises ConfigError."""
+        return parse_settings(document, _draws)
+
+    def load(self, text: str) -> Loaded:
+        """Return what a main file's text means, as a start would read it.  Raises ConfigError."""
+        return self.accept(self.parse(self.expand(text)[0]))
+
+    def publish(self, loaded: Loaded, timeout_s: float = 10.0) -> None:
+        """Make a configuration live; returns when it is.  Raises TimeoutError."""
+        self.ask(functools.partial(self._server.reload, loaded), timeout_s)
+
+    # -- links
+
+    def links(self, name: str) -> list[Link]:
+        """Links of a user in the order of api.md 10; empty for an unknown user or without any host."""
+        settings = self._server.settings
+        secret = settings.access.users.get(name)
+        if secret is None:
+            return []
+        port = settings.general.links.public_port
+        return [link for host in link_hosts(settings, self._server.detected)
+                for link in user_links(settings, secret, _escape_host(host), self._server.port if port is None else port)]
 
 
 log_server: Final = Log("server")
@@ -6157,38 +6366,6 @@ def say(text: str) -> None:
 
 
 # -- configuration file
-
-def read_config_file(including: str, wanted: str) -> tuple[str, str]:
-    """Return (path, text) of a file named in `including` (empty: the main file).  Raises OSError or ConfigError.
-
-    A pipe without a writer or a device without an end would be waited for until the end of days.
-    """
-    path = os.path.join(os.path.dirname(including), wanted) if including else wanted
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    with open(fd, "rb") as file:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not stat.S_ISREG(mode):
-            raise ConfigError(f"{path}: not a regular file")
-        data = file.read(_CONFIG_MAX + 1)
-    if len(data) > _CONFIG_MAX:
-        raise ConfigError(f"{path}: larger than {_CONFIG_MAX >> 20} MiB")
-    try:
-        return path, data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not valid UTF-8 at byte {error.start}") from None
-
-
-def load_config(path: str) -> Loaded:
-    """Return the configuration of a file with its includes.  Raises OSError or ConfigError."""
-    _, text = read_config_file("", path)
-    text, _included = expand_includes(text, path, read_config_file)
-    return parse_settings(parse_document(text), _draws)
-
-
-_draws: Final = Draws(lambda: 1024 + int(draw_fraction() * 3072))
-
 
 def write_default_config(path: str) -> None:
     """Write a short commented configuration with a random secret, readable by its owner only.  Raises OSError."""
@@ -6489,13 +6666,21 @@ def missing_parts(settings: Settings) -> list[str]:
     return found
 
 
-def start_control_plane(settings: Settings) -> None:
-    """Start API and metrics where the configuration wants them; without telemt_api.py the proxy runs on (platform.md 2)."""
-    if settings.server.api.enabled or settings.server.metrics_port or settings.server.metrics_listen:
-        try:
-            importlib.import_module("telemt_api")
-        except ImportError as error:
-            log_cli.warn("control plane not started: %s is missing", error.name)
+def start_control_plane(server: Server, config_path: str) -> Callable[[], None]:
+    """Start API and metrics where the configuration wants them; without telemt_api.py the proxy runs on (platform.md 2).
+
+    Returns what stops them; it takes at most a second.
+    """
+    wanted = server.settings.server
+    if not (wanted.api.enabled or wanted.metrics_port or wanted.metrics_listen):
+        return lambda: None
+    try:
+        module = importlib.import_module("telemt_api")
+    except ImportError as error:
+        log_cli.warn("control plane not started: %s is missing", error.name)
+        return lambda: None
+    stop: Callable[[], None] = module.start(Control(server, config_path))
+    return stop
 
 
 def open_with_links(server: Server) -> bool:
@@ -6529,17 +6714,19 @@ def run(arguments: Arguments) -> int:
     except ConfigError as error:
         complain(f"[telemt] {'Invalid config' if error.invalid else 'Error'}: {error}")
         return 1
+    config_path = path
     with contextlib.suppress(OSError):         # our directory may be gone
+        config_path = os.path.abspath(path)
         if os.getcwd() == "/":                 # a service manager's default: relative state files belong beside the config
             os.chdir(os.path.dirname(os.path.abspath(path)))
     try:
-        return serve(loaded, arguments)
+        return serve(loaded, arguments, config_path)
     finally:
         if isinstance(LogBook.sink, LogSink):
             LogBook.sink.close()
 
 
-def serve(loaded: Loaded, arguments: Arguments) -> int:
+def serve(loaded: Loaded, arguments: Arguments, config_path: str) -> int:
     """Open everything in the order of config.md 8 item 13 and turn the loop."""
     settings = loaded.settings
     if sys.stdout is None:                     # started with it closed
@@ -6567,7 +6754,7 @@ def serve(loaded: Loaded, arguments: Arguments) -> int:
     print_facts(server)
     for text in missing_parts(settings):
         log_cli.warn("%s", text)
-    start_control_plane(settings)
+    stop_control_plane = start_control_plane(server, config_path)
     if not open_with_links(server):
         log_cli.error("No listeners. Exiting.")
         return 1
@@ -6576,6 +6763,7 @@ def serve(loaded: Loaded, arguments: Arguments) -> int:
     gc.collect()
     gc.freeze()                                # what lives as long as the process need not be walked again
     loop.run()
+    stop_control_plane()
     return 0
 
 

@@ -5,7 +5,8 @@ in its own threads.  They read plain integers of the data plane and ask its loop
 that no HTTP client, slow or hostile, holds up a session.  telemt.py runs as `__main__`: to import it here would load it a
 second time, so its names appear in annotations only.
 
-   1  envelope    pure  <- -               answers: ApiError, JSON out and in, revision and If-Match
+   1  envelope    pure  <- -               answers: ApiError, JSON out and in, revision and If-Match; ControlPort
+   9  service     io    <- 1               start and stop
   10  qr          pure  <- -               a link as a QR code
 """
 from __future__ import annotations
@@ -13,8 +14,13 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from telemt import Counters, Link, Loaded, Log, Settings, Sources, User
+
+_T = TypeVar("_T")
 
 # == 1. envelope =============================================================
 # Every answer of /v1 is one line of JSON: {"ok":true,"data":...,"revision":...}
@@ -129,6 +135,64 @@ def check_revision(wanted: str | None, revision: str) -> None:
     """Raise ApiError(409) if a precondition does not hold for the current revision."""
     if wanted is not None and wanted != revision:
         raise ApiError(409, "revision_conflict", "Config revision mismatch")
+
+
+# -- the seam to the data plane
+
+class ControlPort(Protocol):
+    """All that the control plane sees of the running proxy; every method may be called from any thread but the loop's."""
+
+    config_path: str                     # absolute
+    started_at: float                    # monotonic seconds
+    started_wall: float                  # unix seconds
+    sources: Sources                     # what other rooms can tell, called through ask()
+    log: Log
+
+    @property
+    def settings(self) -> Settings:
+        """What is in force now; replaced whole by a reload, never changed."""
+
+    @property
+    def counters(self) -> Counters:
+        """Process-wide totals, plain integers."""
+
+    @property
+    def users(self) -> Mapping[str, User]:
+        """Configured users with what they use, plain integers, in file order; replaced whole by a reload."""
+
+    def ask(self, build: Callable[[], _T], timeout_s: float) -> _T:
+        """Run `build` on the loop thread and return its value; what it raises is raised here.  TimeoutError: it did not run."""
+
+    def expand(self, text: str, given: Mapping[str, bytes] | None = None) -> tuple[str, tuple[str, ...]]:
+        """Return a main file's text with its includes in place, and their paths.  Raises ConfigError.
+
+        given: path -> bytes that counts instead of what is on disk.
+        """
+
+    def parse(self, text: str) -> dict[str, Any]:
+        """Return the tables of an expanded text.  Raises ConfigError."""
+
+    def accept(self, document: dict[str, Any]) -> Loaded:
+        """Return what the tables mean, validated as at a start.  Raises ConfigError."""
+
+    def load(self, text: str) -> Loaded:
+        """Return what a main file's text means, as a start would read it.  Raises ConfigError."""
+
+    def publish(self, loaded: Loaded, timeout_s: float = 10.0) -> None:
+        """Make a configuration live; returns when it is, sessions that have to go closed.  Raises TimeoutError."""
+
+    def links(self, name: str) -> list[Link]:
+        """Links of a user in the order of api.md 10; empty for an unknown user or without any host."""
+
+
+# == 9. service ==============================================================
+# Start and stop of everything above, called by cli of telemt.py.
+
+
+def start(port: ControlPort) -> Callable[[], None]:
+    """Open what the configuration asks for; returns what closes it again, within a second."""
+    port.log.warn("control plane not started: the HTTP listener is not part of this version")
+    return lambda: None
 
 
 # == 10. qr ==================================================================

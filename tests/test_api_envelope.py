@@ -1,11 +1,13 @@
 """Room 1 of telemt_api: envelopes, strict JSON, If-Match (api.md 6, 7, 8)."""
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
 
-from telemt_api import NEVER, ApiError, check_revision, dump_json, error_body, parse_body, success_body, wanted_revision
+import telemt
+from telemt_api import NEVER, ApiError, ControlPort, check_revision, dump_json, error_body, parse_body, success_body, wanted_revision
 
 REVISION = "c327e5db0d54057026c0c58585abf66c84e3cc4d3de5e073112ff7b7d7332da1"
 
@@ -71,3 +73,16 @@ def test_a_precondition_that_does_not_hold(value: str) -> None:
 @pytest.mark.parametrize("values", [[], [""], [REVISION], [f'"{REVISION}"']])
 def test_a_precondition_that_holds(values: list[str]) -> None:
     check_revision(wanted_revision(values), REVISION)
+
+
+def test_control_has_all_that_the_seam_promises() -> None:
+    """Names and parameters; mypy cannot compare them, because neither file imports the other at run time."""
+    for name, member in vars(ControlPort).items():
+        if name.startswith("_"):
+            continue
+        mine = inspect.getattr_static(telemt.Control, name)
+        assert type(mine) is type(member), name
+        if inspect.isfunction(member):
+            assert list(inspect.signature(mine).parameters) == list(inspect.signature(member).parameters), name
+    made = set(inspect.getsource(telemt.Control.__init__).replace("self.", " self.").split())
+    assert {f"self.{name}" for name in ControlPort.__annotations__} <= made

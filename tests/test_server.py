@@ -1,6 +1,7 @@
 """Room 20: places, the sweep, links, bind failures, stopping."""
 import datetime
 import socket
+import threading
 import time
 
 import pytest
@@ -199,7 +200,7 @@ def test_reuse_port_lets_two_share(make_server):
 def test_rows_of_a_user():
     settings = settings_of('[general.modes]\nclassic = true\nsecure = true\n[censorship]\ntls_domain = "a.b"\ntls_domains = ["c.d"]')
     base = "tg://proxy?server=2001:db8::1&port=443&secret="
-    assert user_links(settings, SECRET, "2001:db8::1", 443) == [
+    assert [row[:2] for row in user_links(settings, SECRET, "2001:db8::1", 443)] == [
         ("Classic", base + SECRET), ("DD", f"{base}dd{SECRET}"),
         ("EE-TLS", f"{base}ee{SECRET}612e62"), ("EE-TLS", f"{base}ee{SECRET}632e64")]
 
@@ -216,6 +217,24 @@ def test_rows_of_a_user():
 def test_host_of_a_listener(listener, general, detected, host):
     settings = settings_of(f"[general]\n{general}\n[[server.listeners]]\n{listener}")
     assert link_host(settings.server.listeners[0], detected, settings) == host
+
+
+NOWHERE = '[server]\nlisten_addr_ipv4 = ""\nlisten_addr_ipv6 = ""\nlisten_tcp = false\n'
+
+
+@pytest.mark.parametrize(("text", "detected", "hosts"), [
+    pytest.param('[general.links]\npublic_host = " h.example "', ("8.8.4.4", None), ["h.example"], id="public host alone"),
+    pytest.param('[general.links]\npublic_host = "  "', ("8.8.4.4", None), ["8.8.4.4"], id="a blank one is none"),
+    pytest.param('[[server.listeners]]\nip = "0.0.0.0"\nannounce = "a.example"\n[[server.listeners]]\nip = "9.9.9.9"\n'
+                 '[[server.listeners]]\nip = "::"', ("8.8.4.4", "2001:4860::1"), ["a.example", "9.9.9.9", "2001:4860::1"], id="in order"),
+    pytest.param('[[server.listeners]]\nip = "0.0.0.0"\nannounce_ip = "0.0.0.0"', ("8.8.4.4", None), ["8.8.4.4"], id="announce 0.0.0.0"),
+    pytest.param('[[server.listeners]]\nip = "0.0.0.0"\n[[server.listeners]]\nip = "8.8.4.4"', ("8.8.4.4", None), ["8.8.4.4"], id="once"),
+    pytest.param("[server]\nlisten_tcp = false", ("8.8.4.4", "2001:4860::1"), ["8.8.4.4", "2001:4860::1"], id="detected"),
+    pytest.param('[server]\nlisten_tcp = false\nlisten_addr_ipv4 = " 7.7.7.7 "', (None, None), ["7.7.7.7"], id="configured"),
+    pytest.param(NOWHERE, (None, None), [], id="none"),
+])
+def test_hosts_of_the_links_that_the_api_gives(text, detected, hosts):
+    assert telemt.link_hosts(settings_of(text), detected) == hosts
 
 
 @pytest.mark.parametrize(("ip", "bogon"), [("8.8.8.8", False), ("10.1.2.3", True), ("100.64.0.1", True), ("127.0.0.1", True),
@@ -238,3 +257,78 @@ def test_link_block(logged):
 def test_no_block_when_nothing_is_shown(logged):
     telemt.print_links(settings_of("[general.links]\nshow = []"), "h", 1)
     assert not logged
+
+
+# -- the seam to the control plane
+
+
+@pytest.fixture
+def control(make_server):
+    """A Control whose loop is turned by this thread."""
+    server = make_server()
+    return telemt.Control(server, "config.toml")
+
+
+def asked(control, build, timeout_s=5.0):
+    """Outcome of ask() in another thread, while this one turns the loop until it is there."""
+    found = []
+
+    def work():
+        try:
+            found.append(control.ask(build, timeout_s))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while thread.is_alive():
+        control._server.loop.turn(0.01)
+    thread.join()
+    return found[0]
+
+
+def test_ask_runs_on_the_loop_thread_and_answers(control):
+    assert asked(control, threading.get_ident) == threading.get_ident()
+
+
+def test_an_error_in_a_question_reaches_the_asker_and_not_the_loop(control, logged):
+    def build():
+        raise ValueError("no")
+    assert repr(asked(control, build)) == "ValueError('no')"
+    assert not logged
+    assert asked(control, lambda: 7) == 7
+
+
+def test_a_question_nobody_waits_for_is_not_run_later(control):
+    ran = []
+    with pytest.raises(TimeoutError):
+        control.ask(lambda: ran.append(1), 0.01)
+    control._server.loop.turn()
+    assert ran == []
+
+
+def test_a_text_is_loaded_with_includes_of_the_config_directory(make_server, tmp_path):
+    (tmp_path / "users.toml").write_text(f'[access.users]\nzoe = "{SECRET}"\n')
+    control = telemt.Control(make_server(), str(tmp_path / "config.toml"))
+    text = 'include = "users.toml"\n'
+    assert control.load(text).settings.access.users == {"zoe": SECRET}
+    expanded, files = control.expand(text, {str(tmp_path / "users.toml"): f'[access.users]\nadam = "{SECRET}"\n'.encode()})
+    assert (files, control.parse(expanded)["access"]["users"]) == ((str(tmp_path / "users.toml"),), {"adam": SECRET})
+    with pytest.raises(telemt.ConfigError, match="No users configured"):
+        control.load("[access.users]\n")
+
+
+def test_a_published_configuration_is_live_when_publish_returns(control):
+    loaded = control.load(f'[access.users]\nzoe = "{SECRET}"\n')
+    asked(control, lambda: control._server.reload(loaded))
+    assert list(control.users) == ["zoe"]
+    assert control.settings.access.users == {"zoe": SECRET}
+
+
+def test_links_of_a_user(make_server):
+    server = make_server(LOCAL.replace("127.0.0.1", "::1") + 'announce = "häuser.example"\n[general.links]\npublic_port = 8443\n'
+                         f'[censorship]\ntls_domain = "a.b"\n[access.users]\nzoe = "{SECRET}"')
+    control = telemt.Control(server, "config.toml")
+    link = f"tg://proxy?server=h%C3%A4user.example&port=8443&secret=ee{SECRET}612e62"
+    assert control.links("zoe") == [telemt.Link("EE-TLS", link, "tls", "h%C3%A4user.example", "a.b")]
+    assert control.links("nobody") == []

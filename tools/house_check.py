@@ -81,6 +81,7 @@ POLICIES: dict[str, Policy] = {
             "Loop.call": "one callback costs what it belongs to, never the loop",
             "Loop._turn": "the same for handlers, without a call in between",
             "Loop._run_idle_job": "the same for jobs of an idle turn",
+            "Control.ask.run": "the error belongs to the thread that asked",
             "WorkerPool.submit.task": "the end of a helper thread: the error is handed to `done`",
         },
         fd_calls={
