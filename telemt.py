@@ -6172,7 +6172,6 @@ class Control:
         self.config_path = os.path.abspath(config_path)
         self.started_at = server.loop.clock()
         self.started_wall = time.time()
-        self.sources = Sources()
         self.log = Log("api")
 
     @property
