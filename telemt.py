@@ -5909,7 +5909,8 @@ class Server:
         """Put the hot keys of a configuration in force."""
         self.settings = merge_hot(self.settings, loaded.settings)
         self.doorman.apply(self.settings.access)
-        self.counters.enabled = self.settings.general.telemetry.core_enabled
+        telemetry = self.settings.general.telemetry
+        self.counters.gate(telemetry.core_enabled, telemetry.me_level)
         self.count_users = self.settings.general.telemetry.user_enabled
 
     def _on_accept(self, sock: socket.socket, peer: Any) -> None:
@@ -6172,6 +6173,7 @@ class Control:
         self.config_path = os.path.abspath(config_path)
         self.started_at = server.loop.clock()
         self.started_wall = time.time()
+        self.sources = server.sources
         self.log = Log("api")
 
     @property

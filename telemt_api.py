@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from telemt import Counters, Link, Loaded, Log, Settings, User
+    from telemt import Counters, Link, Loaded, Log, Settings, Sources, User
 
 _T = TypeVar("_T")
 
@@ -145,6 +145,7 @@ class ControlPort(Protocol):
     config_path: str                     # absolute
     started_at: float                    # monotonic seconds
     started_wall: float                  # unix seconds
+    sources: Sources                     # what other rooms can tell, called through ask()
     log: Log
 
     @property
