@@ -6006,6 +6006,9 @@ def _holds(pid: str, inodes: set[str]) -> bool:
 
 # -- configuration files
 
+_CONFIG_MAX: Final = 64 << 20            # bytes of one file: half a million users need less
+
+
 def read_config_bytes(path: str) -> bytes:
     """Return what a configuration file holds.  Raises OSError or ConfigError.
 
@@ -6287,7 +6290,6 @@ _COLORS: Final = {Level.TRACE: "\x1b[35m", Level.DEBUG: "\x1b[34m", Level.INFO: 
                   Level.ERROR: "\x1b[31m"}
 _TEXT_SPACE: Final = "\t"                       # the DC table of upstream-and-relay.md 12 has tabs
 _FDS_WANTED: Final = 4096
-_CONFIG_MAX: Final = 64 << 20                     # bytes of one file: half a million users need less
 _FEW_USERS: Final = 16                            # up to here a stranger's hello costs at most 0.1 ms of SHA-256
 _DEFAULT_CONFIG: Final = """\
 # Written by telemt.py on its first start.  More keys: the sample config.toml of the project.
