@@ -2447,6 +2447,37 @@ def make_x25519_public(entropy: Entropy) -> bytes:
         draw = hashlib.sha256(draw).digest()
 
 
+def make_mlkem_ciphertext(entropy: Entropy) -> bytes:
+    """Return 1088 bytes that nobody can tell from an ML-KEM-768 ciphertext (FIPS 203) without the receiver's private key; 0.3 ms.
+
+    A genuine one is 768 and 256 values mod 3329, all of them uniform to whoever cannot solve module-LWE, rounded to 10 and to 4
+    bits.  Plain random bytes do differ: 257 of the 1024 ten-bit words stand for four values each and the others for three, so
+    one share is enough to count (tls-front.md 9.3).  Nothing else can be checked from outside, and the client never decapsulates.
+    """
+    values = _residues(entropy, 1024)
+    words = [((x << 11) + 3329) // 6658 & 1023 for x in values[:768]]
+    nibbles = [((x << 5) + 3329) // 6658 & 15 for x in values[768:]]
+    return b"".join([(words[at] | words[at + 1] << 10 | words[at + 2] << 20 | words[at + 3] << 30).to_bytes(5, "little")
+                     for at in range(0, 768, 4)]) + bytes([nibbles[at] | nibbles[at + 1] << 4 for at in range(0, 256, 2)])
+
+
+def make_mlkem_key(entropy: Entropy) -> bytes:
+    """Return 1184 bytes that a server takes for an ML-KEM-768 encapsulation key: 768 values below 3329 in 12 bits each, and a seed.
+
+    Servers check the range of every value and answer a wrong one with an alert (tls-front.md 9.2).
+    """
+    values = _residues(entropy, 768)
+    return b"".join([(values[at] | values[at + 1] << 12).to_bytes(3, "little") for at in range(0, 768, 2)]) + entropy(32)
+
+
+def _residues(entropy: Entropy, count: int) -> list[int]:
+    """`count` values uniform in 0..3328: 16-bit words below 19 * 3329, the rest refused."""
+    found: list[int] = []
+    while len(found) < count:
+        found += [word % 3329 for word in struct.unpack("<512H", entropy(1024)) if word < 63_251]
+    return found[:count]
+
+
 class KeyedHmac:
     """HMAC-SHA256 under one key, for messages of 100..2000 bytes: 2.4 us for 517 where hmac.digest takes 3.5.
 
@@ -2631,7 +2662,10 @@ def make_dc_preamble(transport: Transport, dc: int, backend: Backend, entropy: E
 # Traps: clients hash exactly these three records, so one byte more breaks them
 # (client-protocol.md 6.9); SNI only selects the shape of the answer; bytes
 # behind the ClientHello record belong to the stream.
-# Source: client-protocol.md 6, tls-front.md 9.3, RFC 8446.
+# The flight has the looks of the mask host's own.  They are measured with a
+# ClientHello of ours (build_probe_hello, FlightReader) and kept in a file
+# (build_front_file); room 17 does the I/O.
+# Source: client-protocol.md 6, tls-front.md 9, RFC 8446.
 
 HELLO_MIN: Final = 512           # shortest record body a client sends (they pad up to it)
 HELLO_MAX: Final = 16_384        # RFC 8446 5.1: a longer plaintext record is not TLS
@@ -2650,8 +2684,15 @@ _BEHIND_S: Final = 600
 GROUP_X25519: Final = 29
 GROUP_HYBRID: Final = 4588                # X25519MLKEM768
 _SHARE_SIZE: Final = {GROUP_X25519: 32, GROUP_HYBRID: 1216}
+_ANSWER_SIZE: Final = {GROUP_X25519: 32, GROUP_HYBRID: 1120}
 _SUITES: Final = (0x1301, 0x1302, 0x1303)
-_EXT_NAME, _EXT_ALPN, _EXT_VERSIONS, _EXT_SHARES = 0, 16, 43, 51
+_EXT_NAME, _EXT_ALPN, _EXT_PADDING, _EXT_VERSIONS, _EXT_SHARES = 0, 16, 21, 43, 51
+_HANDSHAKE, _ALERT, _APPLICATION = 0x16, 0x15, 0x17
+_RETRY_RANDOM: Final = hashlib.sha256(b"HelloRetryRequest").digest()      # RFC 8446 4.1.3
+_FLIGHT_IN_MAX: Final = 65_536            # no server says more before our Finished
+FRONT_SAMPLES: Final = 3
+FRONT_FILE_MAX: Final = 1 << 20
+_CERT_EXTRA: Final = 400                  # what stands around the Certificate message in a flight (tls-front.md 9.5)
 FLIGHT_MIN: Final = 64
 FLIGHT_MAX: Final = 10_240                # iOS closes above it (client-protocol.md 6.9)
 
@@ -2674,6 +2715,34 @@ class FrontShape(NamedTuple):
     suite: int | None = None                                     # None: the client's choice
     group: int = GROUP_X25519
     order: tuple[int, ...] = (_EXT_VERSIONS, _EXT_SHARES)
+
+
+class FrontProfile(NamedTuple):
+    """What the mask host answers for one domain, or what we answer until we know (tls-front.md 9.1)."""
+
+    flights: tuple[int, ...]                                     # 1..3 samples, bytes of its encrypted flight
+    suite: int | None = None
+    group: int = GROUP_X25519
+    order: tuple[int, ...] = (_EXT_VERSIONS, _EXT_SHARES)
+    fetched_wall: float = 0.0                                    # unix seconds
+    source: str = "default"                                      # or probe, file
+
+    def shape(self, entropy: Entropy) -> FrontShape:
+        """The looks of one answer: one of the samples, as far as clients accept it."""
+        flights = self.flights
+        size = flights[0] if len(flights) == 1 else flights[int.from_bytes(entropy(4), "big") % len(flights)]
+        return FrontShape(min(max(size, FLIGHT_MIN), FLIGHT_MAX), self.suite, self.group, self.order)
+
+
+class ServerHello(NamedTuple):
+    """The first message of a real server's flight."""
+
+    version: bytes
+    random: bytes
+    session_id: bytes
+    suite: int
+    compression: int
+    extensions: tuple[tuple[int, bytes], ...]
 
 
 class _Cursor:
@@ -2950,6 +3019,226 @@ class RecordReader:
         elif kind != 0x17:
             raise WireError(Reason.BAD_RECORD, f"unknown TLS record type: {kind:#04x}")
         self._kind, self._left = kind, length
+
+
+# -- the probe: a hello of our own, and what a real server says to it
+
+# Extensions that are the same in every hello, without GREASE, name, groups, versions and key shares (tls-front.md 9.2).
+_PROBE_FIXED: Final = tuple((kind, bytes.fromhex(body)) for kind, body in (
+    (0x0017, ""), (0xFF01, "00"), (0x000B, "0100"), (0x0023, ""), (_EXT_ALPN, "000c 02 6832 08 687474702f312e31"), (0x0005, "0100000000"),
+    (0x000D, "0010 0403 0804 0401 0503 0805 0501 0806 0601"), (0x0012, ""), (0x002D, "0101"), (0x001B, "020002"), (0x44CD, "0003026832")))
+_PROBE_SUITES: Final = bytes.fromhex("1301 1302 1303 c02b c02f c02c c030 cca9 cca8 c013 c014 009c 009d 002f 0035")
+_ECH_SIZES: Final = (144, 176, 208, 240)
+
+
+def build_probe_hello(name: str, make_key: Callable[[], bytes], entropy: Entropy, hybrid: bool = True) -> bytes:
+    """Return the ClientHello record that Telegram clients send, unsigned: the real server's flight depends on it.
+
+    make_key: gives X25519 public keys.  hybrid: with the X25519MLKEM768 share; without it the record fits one segment.
+    """
+    grease = [byte & 0xF0 | 0x0A for byte in entropy(5)]
+    if grease[4] == grease[3]:
+        grease[4] ^= 0x10                      # the first and the last extension differ
+    suites, groups, versions, first, last = (bytes((byte, byte)) for byte in grease)
+    shares = groups + b"\0\1\0"
+    if hybrid:
+        shares += _share(GROUP_HYBRID, make_mlkem_key(entropy) + make_key())
+    shares += _share(GROUP_X25519, make_key())
+    encoded = name.encode()
+    ech = b"\0\0\1\0\1" + entropy(1) + b"\0\x20" + make_key() + _block(2, entropy(_ECH_SIZES[entropy(1)[0] & 3]))
+    middle = [*_PROBE_FIXED, (_EXT_NAME, _block(2, b"\0" + _block(2, encoded))), (_EXT_SHARES, _block(2, shares)), (0xFE0D, ech),
+              (0x000A, _block(2, groups + (b"\x11\xec" if hybrid else b"") + b"\0\x1d\0\x17\0\x18")),
+              (_EXT_VERSIONS, _block(1, versions + b"\3\4\3\3"))]
+    middle.sort(key=lambda _: entropy(4))      # a shuffle
+    extensions = first + b"\0\0" + b"".join(_extension(kind, body) for kind, body in middle) + last + b"\0\1\0"
+    body = b"\3\3" + entropy(32) + _block(1, entropy(32)) + _block(2, suites + _PROBE_SUITES) + b"\1\0"
+    missing = HELLO_MIN - len(body) - len(extensions) - 6
+    if missing > 0:                            # clients pad short hellos
+        extensions += _extension(_EXT_PADDING, bytes(max(0, missing - 4)))
+    body += _block(2, extensions)
+    return b"\x16\3\1" + _block(2, b"\1" + _block(3, body))
+
+
+def _block(width: int, body: bytes) -> bytes:
+    """`body` behind its length of `width` bytes."""
+    return len(body).to_bytes(width, "big") + body
+
+
+def _extension(kind: int, body: bytes) -> bytes:
+    return _EXTENSION.pack(kind, len(body)) + body
+
+
+def _share(group: int, key: bytes) -> bytes:
+    return group.to_bytes(2, "big") + _block(2, key)
+
+
+def _no_tls13() -> WireError:
+    """A server that is no front for us, whatever it speaks."""
+    return WireError(Reason.BAD_RECORD, "no TLS 1.3")
+
+
+def parse_server_hello(message: bytes) -> ServerHello:
+    """Return what a handshake message says that has to be a ServerHello and nothing more.  Raises WireError."""
+    try:
+        cursor = _Cursor(message, 0, len(message))
+        kind, body = cursor.number(1), cursor.inner(3)
+        version, random = body.data[body.skip(2):body.at], body.data[body.skip(32):body.at]
+        session_id, suite, compression = body.inner(1).rest(), body.number(2), body.number(1)
+        listed, extensions = body.inner(2), []
+        while listed:
+            extensions.append((listed.number(2), listed.inner(2).rest()))
+    except WireError as error:
+        raise _no_tls13() from error
+    if kind != 2 or cursor or body or len(session_id) > 32:
+        raise _no_tls13()
+    return ServerHello(version, random, session_id, suite, compression, tuple(extensions))
+
+
+def profile_of(hello: ServerHello) -> FrontProfile:
+    """Return suite, group and order of a genuine TLS 1.3 answer, without flights.  Raises WireError with the reason (tls-front.md 9.2)."""
+    kinds, found = [kind for kind, _ in hello.extensions], dict(hello.extensions)
+    if hello.random == _RETRY_RANDOM:          # clients of Telegram do not answer a retry: nothing we could imitate
+        raise WireError(Reason.BAD_RECORD, "hello retry")
+    share = found.get(_EXT_SHARES, b"")
+    group = int.from_bytes(share[:2], "big")
+    if (found.get(_EXT_VERSIONS) != b"\3\4" or hello.suite not in _SUITES or hello.version != b"\3\3" or hello.compression
+            or len(found) != len(kinds) or share[2:4] != _ANSWER_SIZE.get(group, 0).to_bytes(2, "big") or group not in _ANSWER_SIZE
+            or len(share) != 4 + _ANSWER_SIZE[group]):
+        raise _no_tls13()
+    return FrontProfile((), hello.suite, group, tuple(kind for kind in kinds if kind in (_EXT_VERSIONS, _EXT_SHARES)))
+
+
+class FlightReader:
+    """Measures a server's answer to build_probe_hello: ServerHello, then how many encrypted bytes follow.
+
+    feed() takes any cut of the stream and raises WireError, once the answer cannot be used, with `alert <n>`, `hello retry` or
+    `no TLS 1.3`.  It keeps at most one record.
+    """
+
+    __slots__ = ("_data", "_seen", "hello", "flight")
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._seen = 0
+        self.hello: ServerHello | None = None
+        self.flight = 0              # bytes of application-data records, complete ones
+
+    @property
+    def heard(self) -> bool:
+        """True when anything arrived at all."""
+        return bool(self._seen or self._data)
+
+    def feed(self, data: Bytes) -> None:
+        """Take what arrived."""
+        self._data += data
+        at, box = 0, self._data
+        while len(box) - at >= RECORD_HEADER:
+            kind, version, length = _HEADER.unpack_from(box, at)
+            if version not in (0x0301, 0x0303) or length > RECORD_IN_MAX or self._seen + RECORD_HEADER + length > _FLIGHT_IN_MAX:
+                raise _no_tls13()
+            if len(box) - at - RECORD_HEADER < length:
+                break
+            self._seen += RECORD_HEADER + length
+            at += RECORD_HEADER
+            self._take(kind, bytes(box[at:at + length]))
+            at += length
+        del box[:at]
+
+    def _take(self, kind: int, body: bytes) -> None:
+        if kind == _ALERT and len(body) == 2:
+            raise WireError(Reason.BAD_RECORD, f"alert {body[1]}")
+        if kind == _HANDSHAKE and self.hello is None:
+            hello = parse_server_hello(body)
+            profile_of(hello)
+            self.hello = hello
+        elif kind == _APPLICATION and self.hello is not None:
+            self.flight += len(body)
+        elif kind != _CCS[0] or self.hello is None:
+            raise _no_tls13()
+
+
+# -- the file of a profile, which telemt 3.2.1 can read (tls-front.md 2.1, 9.5)
+
+def is_front_name(domain: str) -> bool:
+    """True if a profile of `domain` may be kept in a file; such a name leads nowhere else."""
+    return re.fullmatch(r"[A-Za-z0-9.-]{1,255}", domain) is not None
+
+
+def build_front_file(domain: str, profile: FrontProfile, hello: ServerHello) -> bytes:
+    """Return the text of the cache file: `profile` for us, the rest for telemt 3.2.1."""
+    import json  # 0.4 MB that a proxy without a front does not need
+    size = max(profile.flights)
+    template = {
+        "version": list(hello.version), "random": [0] * 32, "session_id": list(hello.session_id),
+        "cipher_suite": list(hello.suite.to_bytes(2, "big")), "compression": hello.compression,
+        "extensions": [{"ext_type": kind, "data": list(data)} for kind, data in hello.extensions],
+    }
+    return json.dumps({
+        "server_hello_template": template, "cert_info": None, "cert_payload": None, "app_data_records_sizes": [size],
+        "total_app_data_len": max(size, 1024), "domain": domain,
+        "profile": {"v": 1, "suite": profile.suite, "group": profile.group, "order": list(profile.order),
+                    "flights": list(profile.flights), "fetched_at": int(profile.fetched_wall)},
+    }, indent=2).encode()
+
+
+def parse_front_file(data: bytes, written_wall: float) -> tuple[str, FrontProfile]:
+    """Return (domain, profile) of a cache file, ours or of telemt 3.2.1.  written_wall: its mtime.
+
+    Raises ValueError for anything that is neither.
+    """
+    import json
+    if len(data) > FRONT_FILE_MAX:
+        raise ValueError("too large")
+    try:
+        document = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    domain, sizes = _expect(str, document, "domain"), _numbers(document, "app_data_records_sizes", _FLIGHT_IN_MAX, 64)
+    _expect(int, document, "total_app_data_len")
+    template = _expect(dict, document, "server_hello_template")
+    hello = ServerHello(bytes(_numbers(template, "version", 255, 2)), bytes(_numbers(template, "random", 255, 32)),
+                        bytes(_numbers(template, "session_id", 255, 32)),
+                        int.from_bytes(bytes(_numbers(template, "cipher_suite", 255, 2)), "big"), _expect(int, template, "compression"),
+                        tuple((_expect(int, entry, "ext_type"), bytes(_numbers(entry, "data", 255, 0xFFFF)))
+                              for entry in _expect(list, template, "extensions")))
+    payload = document.get("cert_payload")
+    message = _numbers(payload, "certificate_message", 255, FRONT_FILE_MAX) if payload is not None else ()
+    with contextlib.suppress(ValueError):      # not valid: only what 3.2.1 knows counts
+        return domain, _parse_profile(document)
+    try:
+        looks = profile_of(hello)
+    except WireError:
+        looks = FrontProfile(())
+    flight = max(sum(sizes), len(message) + _CERT_EXTRA if message else 0)
+    return domain, looks._replace(flights=(flight,), fetched_wall=written_wall, source="file")
+
+
+def _parse_profile(document: Any) -> FrontProfile:
+    entry = _expect(dict, document, "profile")
+    group = _expect(int, entry, "group") if "group" in entry else GROUP_X25519
+    suite, order = _expect(int, entry, "suite"), _numbers(entry, "order", 0xFFFF, 2)
+    flights, fetched_at = _numbers(entry, "flights", _FLIGHT_IN_MAX, FRONT_SAMPLES), _expect(int, entry, "fetched_at")
+    if _expect(int, entry, "v") != 1 or suite not in _SUITES or group not in _ANSWER_SIZE or not flights or fetched_at < 0:
+        raise ValueError("not a profile")
+    if sorted(order) != [_EXT_VERSIONS, _EXT_SHARES] or fetched_at > 1 << 40:
+        raise ValueError("not a profile")
+    return FrontProfile(flights, suite, group, order, float(fetched_at), "file")
+
+
+def _expect(kind: type[_T], table: Any, name: str) -> _T:
+    """`table[name]`, which has to be there and of that type.  Raises ValueError."""
+    value = table.get(name) if isinstance(table, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{name} is missing or of the wrong type")
+    return value
+
+
+def _numbers(table: Any, name: str, high: int, most: int) -> tuple[int, ...]:
+    """A list of at most `most` integers in 0..high.  Raises ValueError."""
+    values = _expect(list, table, name)
+    if len(values) > most or not all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= high for value in values):
+        raise ValueError(f"{name} is not a list of at most {most} integers up to {high}")
+    return tuple(values)
 
 
 _HEADER: Final = struct.Struct(">BHH")           # type, version, length

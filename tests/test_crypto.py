@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import mmap
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -522,3 +523,49 @@ def test_keyed_hmac_is_hmac(key, rng):
         assert keyed.digest(message) == wanted
         assert keyed.digest(message[:10], bytearray(message[10:20]), memoryview(message)[20:]) == wanted
     assert keyed.digest() == hmac.digest(key, b"", "sha256")
+
+
+# -- ML-KEM as far as anybody can see
+
+
+FOUR = {word for word in range(1024) if sum(((x << 11) + 3329) // 6658 & 1023 == word for x in range(3329)) == 4}
+
+
+def four_valued(ciphertext):
+    """How many of the 768 ten-bit words stand for four values mod 3329 each."""
+    bits = int.from_bytes(ciphertext[:960], "little")
+    return sum((bits >> 10 * index & 1023) in FOUR for index in range(768))
+
+
+def test_ciphertext_passes_where_random_bytes_do_not():
+    """tls-front.md 9.3: with the threshold of 215 one share tells them apart."""
+    assert len(FOUR) == 257
+    rng = random.Random(3)
+    shares = [telemt.make_mlkem_ciphertext(rng.randbytes) for _ in range(300)]
+    assert {len(share) for share in shares} == {1088} and len(set(shares)) == 300
+    assert sum(four_valued(share) >= 215 for share in shares) >= 280
+    assert sum(four_valued(rng.randbytes(1088)) >= 215 for _ in range(300)) <= 20
+    nibbles = [share[960 + at] >> shift & 15 for share in shares for at in range(128) for shift in (0, 4)]
+    counts = [nibbles.count(value) for value in range(16)]       # 16 * 208 values, and the one that rounds to 0 twice
+    assert max(counts) - min(counts) < 0.08 * len(nibbles) / 16
+
+
+def test_ciphertext_looks_like_genuine_ones():
+    mlkem = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.mlkem", reason="this cryptography has no ML-KEM")
+    try:
+        public = mlkem.MLKEM768PrivateKey.generate().public_key()
+    except Exception as error:
+        pytest.skip(f"its libcrypto has no ML-KEM: {error}")
+    genuine = [four_valued(public.encapsulate()[1]) for _ in range(200)]
+    ours = [four_valued(telemt.make_mlkem_ciphertext(random.Random(seed).randbytes)) for seed in range(200)]
+    assert abs(sum(genuine) - sum(ours)) / 200 < 6               # of 237; random bytes have 193
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_encapsulation_key_is_taken_by_a_library(seed):
+    mlkem = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.mlkem", reason="this cryptography has no ML-KEM")
+    key = telemt.make_mlkem_key(random.Random(seed).randbytes)
+    values = [(key[at] | key[at + 1] << 8 | key[at + 2] << 16) >> shift & 4095 for at in range(0, 1152, 3) for shift in (0, 12)]
+    assert len(key) == 1184 and max(values) < 3329
+    _, ciphertext = mlkem.MLKEM768PublicKey.from_public_bytes(key).encapsulate()
+    assert len(ciphertext) == 1088

@@ -1,6 +1,8 @@
 """Room 7: hello, flight and records against vectors/faketls.json and framing.json, and our own edge cases."""
 import hashlib
 import hmac
+import json
+import random
 
 import pytest
 
@@ -186,3 +188,249 @@ def test_digest_differs_in_any_signed_bit():
     hello = parse_client_hello(bytes(record))
     mac = hmac.new(USERS["alice"], without_random(bytes(record)), hashlib.sha256).digest()
     assert match_client_hello(hello.digest, mac) is None
+
+
+# -- the probe
+
+
+def make_key():
+    return telemt.make_x25519_public(random.Random(5).randbytes)
+
+
+def probe(name="front.example", seed=1, hybrid=True):
+    return telemt.build_probe_hello(name, make_key, random.Random(seed).randbytes, hybrid)
+
+
+def dissect(record):
+    """(suites, [(type, body)], session id) of a ClientHello record, by a reader of its own."""
+    assert record[:3] == b"\x16\x03\x01" and int.from_bytes(record[3:5], "big") == len(record) - 5
+    assert record[5] == 1 and int.from_bytes(record[6:9], "big") == len(record) - 9 and record[9:11] == b"\x03\x03"
+    at = 43
+    session, at = record[at + 1:at + 1 + record[at]], at + 1 + record[at]
+    size = int.from_bytes(record[at:at + 2], "big")
+    suites, at = record[at + 2:at + 2 + size], at + 2 + size
+    assert record[at:at + 2] == b"\x01\x00" and int.from_bytes(record[at + 2:at + 4], "big") == len(record) - at - 4
+    at, extensions = at + 4, []
+    while at < len(record):
+        kind, size = int.from_bytes(record[at:at + 2], "big"), int.from_bytes(record[at + 2:at + 4], "big")
+        extensions.append((kind, record[at + 4:at + 4 + size]))
+        at += 4 + size
+    assert at == len(record)
+    return suites, extensions, session
+
+
+def is_grease(number):
+    return number & 0x0F0F == 0x0A0A and number >> 8 == number & 0xFF
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_probe_hello_is_what_clients_send(seed):
+    """tls-front.md 9.2, field by field."""
+    record = probe(seed=seed)
+    suites, extensions, session = dissect(record)
+    kinds, found = [kind for kind, _ in extensions], dict(extensions)
+    assert len(session) == 32 and len(found) == len(kinds) == 18
+    assert is_grease(int.from_bytes(suites[:2], "big"))
+    assert suites[2:].hex() == "130113021303c02bc02fc02cc030cca9cca8c013c014009c009d002f0035"
+    assert is_grease(kinds[0]) and is_grease(kinds[-1]) and (found[kinds[0]], found[kinds[-1]]) == (b"", b"\0")
+    assert sorted(kinds[1:-1]) == sorted((0, 0x17, 0xFF01, 10, 11, 0x23, 16, 5, 13, 0x12, 51, 0x2D, 43, 0x1B, 0x44CD, 0xFE0D))
+    assert found[0] == b"\x00\x10\x00\x00\x0dfront.example"
+    groups, shares = found[10], found[51]
+    assert groups[:2] == b"\0\x0a" and is_grease(int.from_bytes(groups[2:4], "big")) and groups[4:].hex() == "11ec001d00170018"
+    assert shares[2:7] == groups[2:4] + b"\0\1\0" and shares[7:11] == b"\x11\xec\x04\xc0"
+    assert shares[1227:1231] == b"\0\x1d\0\x20" and len(shares) == 1263 == 2 + int.from_bytes(shares[:2], "big")
+    assert found[43][0] == 6 and is_grease(int.from_bytes(found[43][1:3], "big")) and found[43][3:] == b"\3\4\3\3"
+    assert (found[16], found[11], found[0x2D], found[0x1B]) == (b"\0\x0c\x02h2\x08http/1.1", b"\1\0", b"\1\1", b"\2\0\2")
+    assert found[13].hex() == "001004030804040105030805050108060601" and found[0x44CD] == b"\0\3\2h2" and found[5] == b"\1\0\0\0\0"
+    ech = found[0xFE0D]
+    padding = int.from_bytes(ech[40:42], "big")
+    assert ech[:5] == b"\0\0\1\0\1" and ech[6:8] == b"\0\x20" and padding in (144, 176, 208, 240) and len(ech) == 42 + padding
+    assert len(record) - 5 == 1705 + len("front.example") + padding - 144
+    assert parse_client_hello(record).groups == {29, 4588}
+
+
+def test_probe_hello_is_shuffled_anew():
+    orders = {tuple(kind for kind, _ in dissect(probe(seed=seed))[1][1:-1]) for seed in range(30)}
+    assert len(orders) == 30
+
+
+@pytest.mark.parametrize("name", ["a.de", "a" * 200, "пример.example"])
+def test_probe_hello_without_the_large_share_fits_one_segment(name):
+    record = probe(name, hybrid=False)
+    _, extensions, _ = dissect(record)
+    found = dict(extensions)
+    assert found[10][4:].hex() == "001d00170018" and parse_client_hello(record).groups == {29}
+    assert 517 <= len(record) < 1000 and parse_client_hello(record).server_name == name
+
+
+def server_hello(suite=0x1301, group=29, share=None, version=b"\3\4", order=(43, 51), tail=b"", draw=b"r" * 32):
+    share = share if share is not None else group.to_bytes(2, "big") + (b"\0\x20" + b"k" * 32 if group == 29 else b"\4\x60" + b"k" * 1120)
+    bodies = {43: version, 51: share, 0x17: b""}
+    extensions = b"".join(kind.to_bytes(2, "big") + len(bodies[kind]).to_bytes(2, "big") + bodies[kind] for kind in order)
+    body = b"\3\3" + draw + b"\x20" + b"s" * 32 + suite.to_bytes(2, "big") + b"\0" + len(extensions).to_bytes(2, "big") + extensions
+    return b"\2" + len(body).to_bytes(3, "big") + body + tail
+
+
+def tls_record(kind, body):
+    return bytes((kind,)) + b"\3\3" + len(body).to_bytes(2, "big") + body
+
+
+CCS = b"\x14\3\3\0\1\1"
+
+
+def answer(*flight, **hello):
+    return tls_record(0x16, server_hello(**hello)) + CCS + b"".join(tls_record(0x17, bytes(size)) for size in flight)
+
+
+def measure(data, step=0):
+    """(profile without flights, bytes) or the reason why the answer cannot be used."""
+    reader = telemt.FlightReader()
+    try:
+        for at in range(0, len(data), step or len(data) or 1):
+            reader.feed(data[at:at + (step or len(data))])
+    except WireError as error:
+        return str(error)
+    if reader.hello is None or not reader.flight:
+        return None
+    return telemt.profile_of(reader.hello)[1:4], reader.flight
+
+
+RETRY = hashlib.sha256(b"HelloRetryRequest").digest()
+
+
+@pytest.mark.parametrize(("data", "expect"), [
+    (answer(3000), ((0x1301, 29, (43, 51)), 3000)),
+    (answer(27, 2000, 281, 53, suite=0x1302, order=(51, 43)), ((0x1302, 29, (51, 43)), 2361)),
+    (answer(4000, group=4588, suite=0x1303), ((0x1303, 4588, (43, 51)), 4000)),
+    (answer(100, order=(0x17, 51, 43)), ((0x1301, 29, (51, 43)), 100)),
+    (answer(), None), (answer()[:100], None), (b"", None), (b"\x16\3", None),
+    (answer(100) + b"\x17\3\3\x40\0half", ((0x1301, 29, (43, 51)), 100)),
+    (answer(draw=RETRY, share=b"\0\x17"), "hello retry"), (answer(100, share=b"\0\x17\0\x41" + b"p" * 65), "no TLS 1.3"),
+    (answer(100, share=b"\0\x1d\0\x20short"), "no TLS 1.3"), (answer(100, order=(51,)), "no TLS 1.3"),
+    (answer(100, order=(43,)), "no TLS 1.3"), (answer(100, order=(43, 51, 51)), "no TLS 1.3"), (answer(100, version=b"\3\3"), "no TLS 1.3"),
+    (answer(100, suite=0xC02F), "no TLS 1.3"), (answer(100, tail=b"\x0b\0\0\0"), "no TLS 1.3"),
+    (tls_record(0x15, b"\2\x28"), "alert 40"), (tls_record(0x15, b"\2\x70"), "alert 112"),
+    (answer(100) + tls_record(0x15, b"\1\0"), "alert 0"),
+    (tls_record(0x15, b"\2"), "no TLS 1.3"), (tls_record(0x17, b"x" * 100), "no TLS 1.3"), (CCS, "no TLS 1.3"),
+    (answer(100) + tls_record(0x16, b"more"), "no TLS 1.3"), (b"HTTP/1.1 400 Bad Request\r\n\r\n", "no TLS 1.3"),
+    (b"SSH-2.0-OpenSSH_9.2p1\r\n", "no TLS 1.3"), (answer(16_640, 16_640, 16_640), ((0x1301, 29, (43, 51)), 49_920)),
+    (answer(16_640, 16_640, 16_640, 16_640), "no TLS 1.3"), (b"\x17\3\3\x41\1", "no TLS 1.3"),
+    (tls_record(0x16, server_hello()[:-1]), "no TLS 1.3"), (tls_record(0x16, b"\2"), "no TLS 1.3"), (tls_record(0x16, b""), "no TLS 1.3"),
+])
+@pytest.mark.parametrize("step", [0, 1, 7])
+def test_what_a_server_may_answer_to_the_probe(data, expect, step):
+    assert measure(data, step) == expect
+
+
+def test_reader_keeps_at_most_one_record():
+    reader = telemt.FlightReader()
+    reader.feed(answer(16_640, 16_640))
+    assert reader.heard and not reader._data
+
+
+# -- the profile, and its file
+
+
+def test_shape_of_an_answer_is_one_of_the_samples_within_what_clients_accept():
+    profile = telemt.FrontProfile((2600, 2601, 2603), 0x1302, 4588, (51, 43))
+    draw = random.Random(1).randbytes
+    shapes = {profile.shape(draw) for _ in range(100)}
+    assert {shape.size for shape in shapes} == {2600, 2601, 2603} and {shape[1:] for shape in shapes} == {(0x1302, 4588, (51, 43))}
+    assert [telemt.FrontProfile((size,)).shape(draw).size for size in (10, 10_240, 15_000)] == [64, 10_240, 10_240]
+
+
+PROFILE = telemt.FrontProfile((2604, 2605), 0x1302, 4588, (51, 43), 1_760_000_000.0, "probe")
+
+
+HYBRID_HELLO = telemt.parse_server_hello(server_hello(0x1302, 4588, order=(51, 43)))
+
+
+def our_file(**change):
+    document = json.loads(telemt.build_front_file("example.com", PROFILE, HYBRID_HELLO))
+    for path, value in change.items():
+        table, _, name = path.rpartition("__")
+        target = document[table] if table else document
+        if value is None:
+            del target[name]
+        else:
+            target[name] = value
+    return json.dumps(document).encode()
+
+
+def test_file_has_the_layout_of_the_reference():
+    """Keys in the order of 3.2.1, two spaces, one array element a line; every key it requires, with its type."""
+    text = telemt.build_front_file("example.com", PROFILE, HYBRID_HELLO).decode()
+    document = json.loads(text)
+    assert list(document) == ["server_hello_template", "cert_info", "cert_payload", "app_data_records_sizes", "total_app_data_len",
+                              "domain", "profile"]
+    template = document["server_hello_template"]
+    assert list(template) == ["version", "random", "session_id", "cipher_suite", "compression", "extensions"]
+    assert (template["version"], template["random"], template["cipher_suite"]) == ([3, 3], [0] * 32, [0x13, 2])
+    assert template["session_id"] == [ord("s")] * 32 and template["compression"] == 0
+    assert [entry["ext_type"] for entry in template["extensions"]] == [51, 43] and template["extensions"][1]["data"] == [3, 4]
+    assert (document["app_data_records_sizes"], document["total_app_data_len"], document["domain"]) == ([2605], 2605, "example.com")
+    assert document["cert_info"] is None and document["cert_payload"] is None
+    assert document["profile"] == {"v": 1, "suite": 0x1302, "group": 4588, "order": [51, 43], "flights": [2604, 2605],
+                                   "fetched_at": 1_760_000_000}
+    assert text.startswith('{\n  "server_hello_template": {\n    "version": [\n      3,\n      3\n    ],\n')
+    small = telemt.build_front_file("a", PROFILE._replace(flights=(300,)), telemt.parse_server_hello(server_hello()))
+    assert json.loads(small)["total_app_data_len"] == 1024
+
+
+def test_our_file_comes_back_as_it_was():
+    assert telemt.parse_front_file(our_file(), 5.0) == ("example.com", PROFILE._replace(source="file"))
+    without = telemt.parse_front_file(our_file(profile__group=None), 5.0)[1]
+    assert without.group == 29 and without.flights == (2604, 2605)
+
+
+@pytest.mark.parametrize("change", [
+    {"profile": None}, {"profile__v": 2}, {"profile__group": 23}, {"profile__suite": 0xC02F}, {"profile__order": [43]},
+    {"profile__flights": []}, {"profile__flights": [1, 2, 3, 4]}, {"profile__flights": [True]}, {"profile__flights": [-1]},
+    {"profile__fetched_at": -1},
+    {"profile__fetched_at": 1 << 70}, {"profile__fetched_at": 1.5}, {"profile": "x"}, {"profile__order": [43, 43]},
+])
+def test_file_without_a_valid_profile_counts_as_one_of_the_reference(change):
+    domain, profile = telemt.parse_front_file(our_file(**change), 77.0)
+    assert (domain, profile) == ("example.com", telemt.FrontProfile((2605,), 0x1302, 4588, (51, 43), 77.0, "file"))
+
+
+REFERENCE_FILE = {                                # as tls-front.md 2.1 prints it
+    "server_hello_template": {"version": [3, 3], "random": [7] * 32, "session_id": [], "cipher_suite": [19, 1], "compression": 0,
+                              "extensions": [{"ext_type": 51, "data": [0, 29, 0, 32, *range(32)]}, {"ext_type": 43, "data": [3, 4]}]},
+    "cert_info": {"not_after_unix": 1767225599, "not_before_unix": 1759276800, "issuer_cn": "R11", "subject_cn": "example.com",
+                  "san_names": ["example.com", "www.example.com"]},
+    "cert_payload": {"cert_chain_der": [[48, 130]], "certificate_message": [11] * 2700},
+    "app_data_records_sizes": [1302, 1303], "total_app_data_len": 2605, "domain": "example.com"}
+
+
+@pytest.mark.parametrize(("change", "expect"), [
+    ({}, ((3100,), 0x1301, 29, (51, 43))),                                     # the certificate is larger than the record measured
+    ({"cert_payload": None, "cert_info": None}, ((2605,), 0x1301, 29, (51, 43))),
+    ({"server_hello_template": {**REFERENCE_FILE["server_hello_template"], "cipher_suite": [0xC0, 0x2F]}}, ((3100,), None, 29, (43, 51))),
+    ({"server_hello_template": {**REFERENCE_FILE["server_hello_template"], "extensions": []}}, ((3100,), None, 29, (43, 51))),
+    ({"app_data_records_sizes": []}, ((3100,), 0x1301, 29, (51, 43))),
+    ({"later": {"key": 1}}, ((3100,), 0x1301, 29, (51, 43))),
+])
+def test_file_of_the_reference_is_read(change, expect):
+    domain, profile = telemt.parse_front_file(json.dumps({**REFERENCE_FILE, **change}).encode(), 99.5)
+    assert (domain, tuple(profile)) == ("example.com", (*expect, 99.5, "file"))
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"{", b"[]", b"null", b"7", b"\xff\xfe", b'{"domain": "a"}', b"[" * 100_000, b"9" * 5000, b" " * (telemt.FRONT_FILE_MAX + 1),
+    our_file(domain=None), our_file(domain=[1]), our_file(app_data_records_sizes=None), our_file(app_data_records_sizes=[1e9]),
+    our_file(app_data_records_sizes=[1 << 80]), our_file(total_app_data_len="x"), our_file(server_hello_template=None),
+    our_file(server_hello_template__version=[3, 256]), our_file(server_hello_template__extensions=[{}]),
+    our_file(server_hello_template__extensions=[7]), our_file(cert_payload=[]), our_file(cert_payload={}),
+])
+def test_file_that_is_none_of_both_is_refused(data):
+    with pytest.raises(ValueError):
+        telemt.parse_front_file(data, 1.0)
+
+
+@pytest.mark.parametrize(("name", "ok"), [
+    ("example.com", True), ("A-1.b", True), ("..", True), ("", False), ("a/b", False), ("a\\b", False), ("a b", False), ("a\0", False),
+    ("a\n", False), ("пример.рф", False), ("a_b.example", False), ("x" * 255, True), ("x" * 256, False),
+])
+def test_names_that_may_be_part_of_a_path(name, ok):
+    assert telemt.is_front_name(name) is ok

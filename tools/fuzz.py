@@ -314,6 +314,62 @@ def read_records(reader: telemt.RecordReader, chunks: Sequence[bytes]) -> bytes:
     return b"".join(chunk[at:at + size] for chunk in chunks for at, size in reader.spans(chunk, len(chunk)))
 
 
+def server_flight(group: int, suite: bytes, order: Sequence[int], sizes: Sequence[int]) -> bytes:
+    """What a TLS 1.3 server answers to the probe."""
+    bodies = {43: b"\3\4", 51: group.to_bytes(2, "big") + field(2, noise(32 if group == 29 else 1120)), 23: b""}
+    body = b"\3\3" + noise(32) + field(1, noise(32)) + suite + b"\0" + field(2, b"".join(extension(kind, bodies[kind]) for kind in order))
+    return (b"\x16\3\3" + field(2, b"\2" + field(3, body)) + b"\x14\3\3\0\1\1"
+            + b"".join(b"\x17\3\3" + field(2, noise(size)) for size in sizes))
+
+
+def check_flight(data: bytes) -> str:
+    """One chunk and any cut of it must measure the same; what was measured makes a file that says it again."""
+    step = data[-1] % 29 + 1 if data else 1
+    whole, error = measure([data])
+    pieces, error_cut = measure([data[at:at + step] for at in range(0, len(data), step)])
+    assert (whole.hello, whole.flight, str(error)) == (pieces.hello, pieces.flight, str(error_cut))
+    if error is not None:
+        raise error
+    assert len(whole._data) < 5 + telemt.RECORD_IN_MAX and whole.heard == bool(data)
+    if whole.hello is None or not whole.flight:
+        return "unfinished"
+    profile = telemt.profile_of(whole.hello)._replace(flights=(whole.flight,), fetched_wall=1.0, source="file")
+    assert telemt.parse_front_file(telemt.build_front_file("a.example", profile, whole.hello), 2.0) == ("a.example", profile)
+    assert telemt.FLIGHT_MIN <= profile.shape(noise).size <= telemt.FLIGHT_MAX
+    return f"{profile.group} {profile.suite} {profile.order}"
+
+
+def measure(chunks: Sequence[bytes]) -> tuple[telemt.FlightReader, telemt.WireError | None]:
+    """A reader that was fed all chunks, or those up to its error."""
+    reader = telemt.FlightReader()
+    try:
+        for chunk in chunks:
+            reader.feed(chunk)
+    except telemt.WireError as error:
+        return reader, error
+    return reader, None
+
+
+def check_front_file(data: bytes) -> str:
+    """A cache file of ours or of the reference."""
+    domain, profile = telemt.parse_front_file(data, 1.0)
+    shape = profile.shape(noise)
+    assert telemt.FLIGHT_MIN <= shape.size <= telemt.FLIGHT_MAX and shape.group in (29, 4588) and sorted(shape.order) == [43, 51]
+    return f"{telemt.is_front_name(domain)} {len(profile.flights)} {shape.suite} {shape.group}"
+
+
+def front_files() -> list[bytes]:
+    """One of ours for each group, and one as telemt 3.2.1 writes it."""
+    found = []
+    for group in (29, 4588):
+        reader, _ = measure([server_flight(group, b"\x13\2", (51, 43), (3000,))])
+        assert reader.hello is not None
+        profile = telemt.profile_of(reader.hello)._replace(flights=(3000, 3001, 3000), fetched_wall=1_760_000_000.0)
+        found.append(telemt.build_front_file("example.com", profile, reader.hello))
+    reference = found[0].replace(b'"cert_payload": null', b'"cert_payload": {"cert_chain_der": [[48]], "certificate_message": [11, 0]}')
+    return [*found, reference.partition(b',\n  "profile"')[0] + b"}"]
+
+
 def client_preamble(transport: telemt.Transport, dc: int) -> bytes:
     """A client's 64 bytes."""
     plain = noise(56) + transport.value + dc.to_bytes(2, "little", signed=True) + b"\x11\x22"
@@ -348,6 +404,10 @@ def check_proxy(data: bytes) -> str:
         assert again is not None
         assert (again.source, again.destination) == ((earlier.source, earlier.destination) if same_family else (None, None))
     return f"v{earlier.version}"
+
+
+FRONT_WORDS = [b"null", b"[", b"]", b"{", b"}", b"-1", b"256", b"1e9", b'"profile"', b'"x": ', b"true", b'"v": 1', b"[43, 51]",
+               b"4588", b"NaN"]
 
 
 # -- targets: text of the operator -------------------------------------------------------------------------------------------------
@@ -450,12 +510,17 @@ def all_targets() -> list[Target]:
     hellos = [client_hello(b"petrovich.ru", {29: 32}), client_hello(b"", {4588: 1216, 29: 32}, size=1700),
               client_hello(b"x" * 250, {29: 32}, session=0), client_hello(b"petrovich.ru", {0x0A0A: 1, 29: 32, 23: 65})]
     records = b"\x17\x03\x03\0\x04abcd\x14\x03\x03\0\x01\x01\x17\x03\x01\0\0\x17\x03\x03\0\x02ef"
+    flights = [server_flight(29, b"\x13\1", (43, 51), (2000,)), server_flight(4588, b"\x13\2", (51, 43), (27, 900, 280, 53)),
+               server_flight(29, b"\x13\3", (23, 43, 51), (64, 64))]
     preambles = [client_preamble(transport, dc) for transport, dc in zip(telemt.Transport, (2, -4, 203), strict=True)]
     includes = [b"include = \"1\"\nx\n\0a\r\ninclude='2' # b\n\0y = \"\"\"\ninclude = \"1\"\n\"\"\"", b'include = "1"\0include = "1"']
     return [
         Target("client_hello", check_hello, hellos, WIRE, [b"\x16\x03\x01", b"\0\x1d\0\x20", b"\x13\x01", b"\0\x33", b"\0\x10"]),
         Target("records", check_records, [records, records + b"\x15\x03\x03\0\x02\x02\x28more", b"\x17\x03\x03\x40\0" + noise(16_384)],
                WIRE, [b"\x17\x03\x03", b"\x14\x03\x03\0\x01\x01", b"\x15\x03\x03\0\x02", b"\x41\0"]),
+        Target("flight", check_flight, flights, WIRE,
+               [b"\x17\3\3", b"\x15\3\3\0\2\2\x28", b"\0\x2b\0\2\3\4", b"\x11\xec\4\x60", b"\x13\1"]),
+        Target("front_file", check_front_file, front_files(), (ValueError,), FRONT_WORDS),
         Target("preamble", check_preamble, preambles, WIRE, [b"\xef", b"GET ", b"\xdd\xdd\xdd\xdd", b"\0\0\0\0"]),
         Target("proxy", check_proxy, PROXIES, WIRE, [b"TCP6", b"UNKNOWN", b"\r\n", b"::ffff:", b" ", b"0", b"\x21\x21\0\x24"]),
         Target("config", check_config, [SAMPLE, SAMPLE.replace(b"\n#", b"\n"), b"", b"a = " + b"[" * 3_000], CONFIG, config_words()),

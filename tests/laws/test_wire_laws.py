@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import telemt
-from telemt import (ClientHello, FrontShape, KeyedHmac, Reason, RecordReader, ReplayWindow, Transport, WireError, build_server_hello,
-                    has_reserved_prefix, make_dc_preamble, match_client_hello, parse_client_hello, parse_client_preamble, without_random)
+from telemt import (ClientHello, FlightReader, FrontProfile, FrontShape, KeyedHmac, Reason, RecordReader, ReplayWindow, ServerHello,
+                    Transport, WireError, build_front_file, build_probe_hello, build_server_hello, has_reserved_prefix, make_dc_preamble,
+                    match_client_hello, parse_client_hello, parse_client_preamble, parse_front_file, without_random)
 from tests.cases import BACKEND, client_preamble, signed_hello
 
 HELLO = signed_hello(timestamp=1_760_000_000)
@@ -156,3 +157,60 @@ def test_short_hellos_are_malformed_or_empty(size):
         assert error.reason is Reason.HELLO_MALFORMED
     else:
         assert hello.groups == frozenset()
+
+
+# -- the probe of the mask host
+
+server_extensions = st.lists(st.tuples(st.sampled_from((43, 51, 23)), st.sampled_from((
+    b"\3\4", b"\3\3", b"\0\x1d\0\x20" + b"k" * 32, b"\x11\xec\4\x60" + b"k" * 1120, b"\0\x17", b""))), max_size=4)
+flight_records = st.lists(st.tuples(st.sampled_from((0x14, 0x15, 0x16, 0x17, 0x17)), st.binary(max_size=40)), max_size=6)
+
+
+def build_flight(suite, extensions, more):
+    block = b"".join(kind.to_bytes(2, "big") + len(body).to_bytes(2, "big") + body for kind, body in extensions)
+    body = b"\3\3" + b"r" * 32 + b"\0" + suite.to_bytes(2, "big") + b"\0" + len(block).to_bytes(2, "big") + block
+    parts = [(0x16, b"\2" + len(body).to_bytes(3, "big") + body), *more]
+    return b"".join(bytes((kind, 3, 3)) + len(part).to_bytes(2, "big") + part for kind, part in parts)
+
+
+def measured(wire, cuts):
+    """(error text or None, ServerHello, bytes) of a flight fed in pieces."""
+    reader, error = FlightReader(), None
+    points = [0, *sorted(set(cuts)), len(wire)]
+    try:
+        for start, stop in zip(points, points[1:], strict=False):
+            reader.feed(wire[start:stop])
+    except WireError as failed:
+        error = str(failed)
+    return error, reader.hello, reader.flight
+
+
+@given(st.sampled_from((0x1301, 0x1303, 0xC02F)),
+       st.one_of(st.just([(43, b"\3\4"), (51, b"\0\x1d\0\x20" + b"k" * 32)]), server_extensions), flight_records, st.data())
+def test_flight_of_a_server_any_split_is_one_chunk(suite, extensions, more, data):
+    wire = build_flight(suite, extensions, more)
+    cuts = data.draw(st.lists(st.integers(0, len(wire)), max_size=8))
+    assert measured(wire, cuts) == measured(wire, ())
+
+
+@given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=5))
+def test_flight_of_noise(wire, cuts):
+    error, hello, flight = measured(wire, [cut for cut in cuts if cut <= len(wire)])
+    assert (error is None or error == "no TLS 1.3" or error == "hello retry" or error.startswith("alert ")) and bool(hello) >= bool(flight)
+
+
+@given(st.text(min_size=1, max_size=80), st.booleans(), st.integers(0, 1 << 30))
+def test_probe_hello_reads_back(name, hybrid, seed):
+    draw = random.Random(seed).randbytes
+    record = build_probe_hello(name, lambda: draw(32), draw, hybrid)
+    hello = parse_client_hello(record)
+    assert hello.server_name == name and hello.groups == ({29, 4588} if hybrid else {29}) and hello.alpn == ("h2", "http/1.1")
+    assert int.from_bytes(record[3:5], "big") == len(record) - 5 >= 512 and len(hello.session_id) == 32
+
+
+@given(st.lists(st.integers(0, 65_536), min_size=1, max_size=3), st.sampled_from((0x1301, 0x1302, 0x1303)), st.sampled_from((29, 4588)),
+       st.permutations((43, 51)), st.integers(0, 1 << 40))
+def test_front_file_round_trip(flights, suite, group, order, fetched_at):
+    profile = FrontProfile(tuple(flights), suite, group, tuple(order), float(fetched_at), "file")
+    hello = ServerHello(b"\3\3", bytes(32), b"", suite, 0, ((43, b"\3\4"),))
+    assert parse_front_file(build_front_file("a.example", profile, hello), 1.0) == ("a.example", profile)
