@@ -3581,13 +3581,15 @@ class Sources:
 
 UNLIMITED: Final = (1 << 63) - 1        # beyond any count that a session can reach
 _HOME_CACHE: Final = 4096            # IPs whose last user is tried first (client-protocol.md D12)
+RECENT_S: Final = 30.0               # an address counts as recent for so long after its last session (api.md 15)
+_RECENT_MAX: Final = 1024            # such addresses kept per user: a page of an operator's table, not a log
 
 
 class User:
     """One configured user: secret, limits in force, and what it uses now."""
 
     __slots__ = ("name", "secret", "sign", "enabled", "expires_wall", "max_ips", "max_sessions", "quota", "sessions", "ips",
-                 "used", "stats")
+                 "recent", "used", "mark", "reset_wall", "stats")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -3600,12 +3602,27 @@ class User:
         self.quota = UNLIMITED                 # bytes
         self.sessions = 0                      # reserved places, from admission to session end
         self.ips: dict[str, int] = {}          # client IP -> sessions from it
+        self.recent: dict[str, float] = {}     # client IP -> monotonic end of its last session, oldest first
         self.used = 0                          # octets both ways, what `quota` is compared with
+        self.mark = 0                          # a relay asks quota_reached() once `used` is here: the quota, or 0 = at the next byte
+        self.reset_wall = 0                    # unix seconds of the last reset of `used`, 0 = never
         self.stats = UserStats()
+
+    def recent_ips(self, now: float) -> list[str]:
+        """Addresses with a session now or within the last 30 s; for any thread."""
+        ended = [ip for ip, at in list(self.recent.items()) if now - at <= RECENT_S]
+        return list(dict.fromkeys([*list(self.ips), *ended]))
+
+    def _left(self, ip: str, now: float) -> None:
+        recent = self.recent
+        recent.pop(ip, None)
+        recent[ip] = now
+        while now - recent[oldest := next(iter(recent))] > RECENT_S or len(recent) > _RECENT_MAX:
+            del recent[oldest]
 
 
 class Ticket:
-    """A reserved place of a user.  release() gives back the session and the IP, once."""
+    """A reserved place of a user.  release(now) gives back the session and the IP, once."""
 
     __slots__ = ("user", "ip", "_open")
 
@@ -3614,8 +3631,8 @@ class Ticket:
         user.sessions += 1
         user.ips[ip] = user.ips.get(ip, 0) + 1
 
-    def release(self) -> None:
-        """May be called twice; counts once."""
+    def release(self, now: float) -> None:
+        """May be called twice; counts once.  now: monotonic seconds."""
         if not self._open:
             return
         self._open = False
@@ -3623,6 +3640,7 @@ class Ticket:
         user.sessions -= 1
         if user.ips[self.ip] == 1:
             del user.ips[self.ip]
+            user._left(self.ip, now)
         else:
             user.ips[self.ip] -= 1
 
@@ -3672,6 +3690,8 @@ class UserTable:
             user.max_ips = access.user_max_unique_ips.get(name, UNLIMITED)
             user.max_sessions = access.user_max_tcp_conns.get(name, UNLIMITED)
             user.quota = access.user_data_quota.get(name, UNLIMITED)
+            if user.mark:
+                user.mark = user.quota
         self._home = {ip: user for ip, user in self._home.items() if self.users.get(user.name) is user}
 
     def candidates(self, ip: str) -> Iterator[User]:
@@ -5375,6 +5395,9 @@ class RelayHost(Protocol):
     count_users: bool                    # general.telemetry.user_enabled
     half_closed: Lane[DirectRelay]
 
+    def quota_reached(self, user: User) -> bool:
+        """`user.used` came to `user.mark`: True if its quota is used up."""
+
     def ended(self, owner: Connection) -> None:
         """`owner` closed its streams: give back its place."""
 
@@ -5462,7 +5485,7 @@ class DirectRelay:
             stats = user.stats
             stats.octets_from_client += size
             stats.msgs_from_client += (size + _MSG_LESS_ONE) >> _MSG_BITS
-        if used >= user.quota:
+        if used >= user.mark and host.quota_reached(user):
             self._over_quota()
 
     def _count_down(self, size: int) -> None:
@@ -5474,7 +5497,7 @@ class DirectRelay:
             stats = user.stats
             stats.octets_to_client += size
             stats.msgs_to_client += (size + _MSG_LESS_ONE) >> _MSG_BITS
-        if used >= user.quota:
+        if used >= user.mark and host.quota_reached(user):
             self._over_quota()
 
     def _over_quota(self) -> None:
@@ -5539,7 +5562,7 @@ class DirectRelay:
         self.client.close()
         self.dc.close()
         self.user.stats.current -= 1
-        self.ticket.release()
+        self.ticket.release(self.host.loop.now)
         report_end(error, peer=self.peer, user=self.user.name)
         log_relay.debug("Relay finished", user=self.user.name, c2s_bytes=self.octets_up, s2c_bytes=self.octets_down)
         self.host.ended(self)
@@ -6031,7 +6054,7 @@ class Routing:
         if self.cycle is not None:
             self.cycle.abort()
         if self.ticket is not None:
-            self.ticket.release()
+            self.ticket.release(self.core.loop.now)
         self.stream.close()
         report_end(error, peer=self.peer)
         self.core.ended(self)
@@ -6215,6 +6238,11 @@ class Server:
         self.places.swap(old, new)
         if isinstance(new, DirectRelay):
             self.sweep.add(new)
+
+    def quota_reached(self, user: User) -> bool:
+        """`user.used` came to `user.mark`: True if its quota is used up."""
+        user.mark = user.quota
+        return user.used >= user.quota
 
     def ended(self, owner: Connection) -> None:
         """A connection closed its streams."""

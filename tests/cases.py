@@ -205,6 +205,9 @@ class FakeCore:
         self.owners.remove(old)
         self.owners.add(new)
 
+    def quota_reached(self, user):
+        return telemt.Server.quota_reached(self, user)
+
     def ended(self, owner):
         self.owners.remove(owner)
         self.finished += 1

@@ -30,8 +30,8 @@ def test_no_limit_admits_and_release_counts_once():
     tickets = [admit(user, "10.0.0.1", 1.0) for _ in range(3)] + [admit(user, "10.0.0.2", 1.0)]
     assert (user.sessions, user.ips) == (4, {"10.0.0.1": 3, "10.0.0.2": 1})
     for ticket in tickets:
-        ticket.release()
-        ticket.release()
+        ticket.release(5.0)
+        ticket.release(5.0)
     assert (user.sessions, user.ips) == (0, {})
 
 
@@ -70,17 +70,37 @@ def test_unique_ips_count_sessions_not_connections():
     user = table("[access.user_max_unique_ips]\nalice = 1").users["alice"]
     first, second = admit(user, "10.0.0.1", 1.0), admit(user, "10.0.0.1", 1.0)
     assert refusal(user, ip="10.0.0.2") == "User alice exceeded connection limit"
-    first.release()
+    first.release(5.0)
     assert refusal(user, ip="10.0.0.2")
-    second.release()
+    second.release(5.0)
     admit(user, "10.0.0.2", 1.0)
+
+
+def test_recent_addresses_are_those_of_the_last_half_minute():
+    user = table().users["alice"]
+    for at, ip in ((0.0, "10.0.0.1"), (10.0, "10.0.0.2"), (20.0, "10.0.0.1")):
+        admit(user, ip, 1.0).release(at)
+    admit(user, "10.0.0.3", 1.0)
+    assert user.recent_ips(20.0) == ["10.0.0.3", "10.0.0.2", "10.0.0.1"]
+    assert user.recent_ips(40.5) == ["10.0.0.3", "10.0.0.1"]
+    assert user.recent_ips(60.0) == ["10.0.0.3"]
+    admit(user, "10.0.0.4", 1.0).release(60.0)
+    assert list(user.recent) == ["10.0.0.4"]                 # what is too old does not stay in memory
+
+
+def test_recent_addresses_are_bounded():
+    user = table().users["alice"]
+    for number in range(3000):
+        admit(user, f"10.1.{number >> 8}.{number & 255}", 1.0).release(7.0)
+    assert len(user.recent) == 1024
+    assert "10.1.11.183" in user.recent and "10.1.0.0" not in user.recent
 
 
 def test_connection_limit_is_reserved_at_admission():
     user = table("[access.user_max_tcp_conns]\nalice = 2").users["alice"]
     tickets = [admit(user, "10.0.0.1", 1.0) for _ in range(2)]
     assert refusal(user) and user.ips == {"10.0.0.1": 2}
-    tickets[0].release()
+    tickets[0].release(5.0)
     admit(user, "10.0.0.9", 1.0)
 
 
@@ -213,3 +233,19 @@ def test_header_in_a_disabled_mode_is_refused():
     with pytest.raises(WireError) as caught:
         door.find_header(block, door.users, [Transport.PADDED])
     assert caught.value.reason is Reason.BAD_HEADER
+
+
+def test_the_mark_follows_the_quota_unless_the_next_byte_is_waited_for():
+    def apply(quota):
+        users.apply(settings_of(f'[access.user_data_quota]\nalice = {quota}\n[access.users]\nalice = "{SECRET}"\n').access)
+
+    users = UserTable()
+    apply(10)
+    alice = users.users["alice"]
+    assert alice.mark == 0
+    alice.mark = 10
+    apply(20)
+    assert alice.mark == 20
+    alice.mark = 0
+    apply(30)
+    assert alice.mark == 0

@@ -5,7 +5,7 @@ import pytest
 
 import telemt
 from telemt import Level, LogBook
-from tests.cases import FakeCore, client_preamble, read_all
+from tests.cases import FakeCore, client_preamble, read_all, settings_of
 
 MODES = "[general.modes]\nsecure = true\n"
 
@@ -90,9 +90,9 @@ def test_quota_ends_the_session_after_the_chunk_that_reached_it(make_rig, logged
 
 
 def test_quota_follows_the_current_value(make_rig):
-    rig = make_rig()
+    rig = make_rig(MODES)
     rig.up(500)
-    rig.user.quota = 400
+    rig.core.doorman.apply(settings_of("[access.user_data_quota]\nalice = 400\n" + MODES).access)
     rig.up(1)
     assert rig.relay.ended
 
