@@ -12,9 +12,11 @@ contents; tools/house_check.py keeps this map true.  Missing numbers are rooms o
    2  settings    pure  <- 1               every configuration key; parsing, normalisation, validation
    3  crypto      pure  <- 1               AES-256-CTR/CBC of four backends, HMAC with ready pads, X25519 points
    4  buffer      pure  <- 1               Inbox: bytes of a peer that is not understood yet
+   5  framing     pure  <- 1               abridged, intermediate and padded frames of clients
    6  obfuscated  pure  <- 1 3             64-byte preambles of clients and for data centres
    7  faketls     pure  <- 1 3             ClientHello, ServerHello flight, records
    8  neighbours  pure  <- 1 2             PROXY headers
+   9  rpc         pure  <- 1 2 3 5         links to the middle end: keys, handshake, frames, requests, proxy lists
   10  stats       pure  <- 1               counters, and the snapshots that other threads look at
   11  access      pure  <- 1 2 3 6 7 10    users, limits, tickets, replay windows, who is this
   12  planner     pure  <- 1 2             which links to the middle end exist: facts and `now` in, actions out
@@ -129,6 +131,7 @@ import stat
 import struct
 import time
 import tomllib
+import zlib
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
@@ -180,6 +183,8 @@ class Reason(enum.Enum):
     IO_ERROR = "io_error"
     # after the handshake: log words only
     BAD_RECORD = "bad_record"
+    BAD_FRAME = "bad_frame"
+    BAD_RPC = "bad_rpc"
     LIMIT = "limit"
 
 
@@ -536,6 +541,18 @@ def parse_ip(text: object) -> IpAddress | None:
         return ipaddress.ip_address(text) if isinstance(text, str) and "%" not in text else None
     except ValueError:
         return None
+
+
+_BOGONS: Final = tuple(map(ipaddress.ip_network, (
+    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24",
+    "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
+    "::/128", "::1/128", "fc00::/7", "fe80::/10", "::ffff:0:0/96", "100::/64", "2001:db8::/32", "2002::/16", "ff00::/8")))
+
+
+def is_bogon(ip: str) -> bool:
+    """True for an address that is not publicly routable (upstream-and-relay.md 3.3)."""
+    address = ipaddress.ip_address(ip)
+    return any(address.version == net.version and address in net for net in _BOGONS)
 
 
 def parse_network(text: object) -> IpNetwork | None:
@@ -2547,6 +2564,238 @@ class Inbox:
         return data
 
 
+# == 5. framing ==============================================================
+# What MTProto messages are wrapped in on the client's side.  Needed only where
+# they are taken apart, on the way to the middle end; a direct session forwards
+# the stream as it is.  Three transports, one rule book (client-protocol.md 8):
+# each class knows its length field, Framing everything else.
+#
+#   abridged      b | b = 7f: w LE24      w words follow; bit 7 of b = quick ack
+#   intermediate  n LE32                  n bytes follow; bit 31 = quick ack
+#   padded        n LE32                  n bytes follow, n mod 4 of them padding
+#
+# A quick-ack answer is four bytes without a length; clients tell it from a
+# length by its bit 31 (abridged: by the first byte, so the token is reversed).
+# Traps: a frame that is no whole number of words makes the middle end drop the
+# link that all share, so it ends here; so does a long form of a short length.
+# Buffers grow with what arrives, never with what a length announces.
+
+_LE32: Final = struct.Struct("<I")
+FRAME_SPARE: Final = 4                   # bytes around an answer that enclose() may overwrite, on either side
+_EMPTY_COSTS: Final = 8                  # debt of an empty frame; a good one pays back 1 (middle-proxy-wire.md D10)
+_DEBT_MAX: Final = 512
+_ABRIDGED_LONG: Final = 0x7F
+_ABRIDGED_MAX: Final = 4 << 24           # bytes: 24 bits of words
+
+
+class FrameError(WireError):
+    """A client frame, or an answer, that cannot be.
+
+    kind: too_small, too_large, misaligned, overlong, flood.  length: what was announced, in bytes (overlong: words);
+    prefix: the length field as it came, quick-ack bit included.
+    """
+
+    def __init__(self, kind: str, text: str, length: int, prefix: bytes = b"") -> None:
+        super().__init__(Reason.BAD_FRAME, text)
+        self.kind, self.length, self.prefix = kind, length, prefix
+
+
+class Framing:
+    """One client's frames: feed() takes them out of the stream, enclose() puts answers into it."""
+
+    __slots__ = ("limit", "frames", "failed", "_debt", "_kept", "_need")
+    name = ""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit                     # bytes of the longest frame accepted
+        self.frames = 0                        # good ones so far
+        self.failed: FrameError | None = None  # why no further bytes are looked at
+        self._debt = 0
+        self._kept = bytearray()               # an incomplete frame, from its length field on
+        self._need = 0                         # bytes of it when complete; 0 = its length field is not complete either
+
+    @property
+    def waiting(self) -> int:
+        """Bytes of a frame that has not come to its end."""
+        return len(self._kept)
+
+    @property
+    def inside_frame(self) -> bool:
+        """True if an end of the stream here cuts a frame; one inside or before a plain length field is in order."""
+        return self._need > 0
+
+    def feed(self, data: Bytes) -> list[tuple[Bytes, bool]]:
+        """Return the frames that are complete now: (payload without padding, quick ack wanted).
+
+        Payloads are views of `data` where they can be: use them before its memory changes.  After a fault `failed` is set;
+        the good frames before it are returned.
+        """
+        view, found = memoryview(data), list[tuple[Bytes, bool]]()
+        at, end = 0, len(view)
+        try:
+            if self._kept:
+                at = self._complete(view, found)
+            while at < end and self.failed is None:
+                head = self._head(view, at, end)
+                if head is None or head[0] + head[1] > end:
+                    self._keep(view[at:], head)
+                    break
+                start, length, quick = head
+                self._accept(view[start:start + (length & -4)], length, quick, found)
+                at = start + length
+        except FrameError as error:
+            self.failed = error
+            self._kept.clear()
+        return found
+
+    def _complete(self, view: memoryview, found: list[tuple[Bytes, bool]]) -> int:
+        """Take what the kept frame lacks and return where the next one begins."""
+        at, end, kept = 0, len(view), self._kept
+        while at < end:
+            missing = (self._need or len(kept) + 1) - len(kept)        # a length field grows byte by byte: no reading past it
+            kept += view[at:at + missing]
+            at = min(at + missing, end)
+            if not self._need and (head := self._head(memoryview(bytes(kept)), 0, len(kept))) is not None:
+                self._need = head[0] + head[1]
+            if len(kept) == self._need:
+                frame = memoryview(bytes(kept))
+                kept.clear()
+                self._need = 0
+                head = self._head(frame, 0, len(frame))
+                assert head is not None
+                start, length, quick = head
+                self._accept(frame[start:start + (length & -4)], length, quick, found)
+                break
+        return at
+
+    def _keep(self, rest: memoryview, head: tuple[int, int, bool] | None) -> None:
+        self._kept += rest
+        self._need = 0
+        if head is not None:
+            length = head[1]
+            self._need = self._field_size(rest[0]) + length
+
+    def _accept(self, payload: memoryview, length: int, quick: bool, found: list[tuple[Bytes, bool]]) -> None:
+        if length:
+            found.append((payload, quick))
+            self.frames += 1
+            if self._debt:
+                self._debt -= 1
+            return
+        self._debt += _EMPTY_COSTS             # skipped; its quick-ack bit means nothing
+        if self._debt >= _DEBT_MAX:
+            raise FrameError("flood", "Tiny frame overhead limit exceeded", 0)
+
+    def _field_size(self, first: int) -> int:
+        """Bytes of a length field that begins with `first`."""
+        return 4
+
+    def _head(self, view: memoryview, at: int, end: int) -> tuple[int, int, bool] | None:
+        """Return (start of the body, its length, quick ack wanted), or None while the length field is incomplete."""
+        if end - at < 4:
+            return None
+        word: int = _LE32.unpack_from(view, at)[0]
+        length = word & 0x7FFF_FFFF
+        if length > self.limit:
+            raise FrameError("too_large", f"Frame too large: {length} (max {self.limit})", length, bytes(view[at:at + 4]))
+        if 0 < length < 4:
+            raise FrameError("too_small", f"Frame too small: {length}", length, bytes(view[at:at + 4]))
+        return at + 4, length, word > 0x7FFF_FFFF
+
+    def enclose(self, view: memoryview, at: int, size: int, noise: Bytes) -> tuple[int, int]:
+        """Frame the answer view[at:at + size] where it lies and return (start, size) of the whole.
+
+        The FRAME_SPARE bytes before and behind it are overwritten.  noise: 4 random bytes, for padding.  Raises FrameError.
+        """
+        _LE32.pack_into(view, at - 4, size)
+        return at - 4, size + 4
+
+    def ack(self, view: memoryview, at: int) -> None:
+        """Turn the four bytes of a quick-ack token as the middle end sends it into what this transport's clients expect."""
+
+    def wrap(self, data: Bytes, noise: Bytes) -> bytes:
+        """Return the answer `data` as a frame; nothing for an empty one."""
+        if not data:
+            return b""
+        room = memoryview(bytearray(b"".join((bytes(FRAME_SPARE), data, bytes(FRAME_SPARE)))))
+        at, size = self.enclose(room, FRAME_SPARE, len(data), noise)
+        return bytes(room[at:at + size])
+
+
+class Abridged(Framing):
+    """One byte of length where it suffices."""
+
+    __slots__ = ()
+    name = "abridged"
+
+    def _field_size(self, first: int) -> int:
+        return 4 if first & 0x7F == _ABRIDGED_LONG else 1
+
+    def _head(self, view: memoryview, at: int, end: int) -> tuple[int, int, bool] | None:
+        first = view[at]
+        words, start = first & 0x7F, at + 1
+        if words == _ABRIDGED_LONG:
+            start = at + 4
+            if end < start:
+                return None
+            words = int.from_bytes(view[at + 1:start], "little")
+            if words < _ABRIDGED_LONG:
+                raise FrameError("overlong", f"Overlong frame length: {words}", words, bytes(view[at:start]))
+        if words << 2 > self.limit:
+            raise FrameError("too_large", f"Frame too large: {words << 2} (max {self.limit})", words << 2, bytes(view[at:start]))
+        return start, words << 2, first > 0x7F
+
+    @property
+    def inside_frame(self) -> bool:
+        """True also inside a long length field: its first byte promised more."""
+        return bool(self._kept)
+
+    def enclose(self, view: memoryview, at: int, size: int, noise: Bytes) -> tuple[int, int]:
+        """One byte or four in front."""
+        if size & 3:
+            raise FrameError("misaligned", f"Abridged payload must be 4-byte aligned, got {size}", size)
+        if size < _ABRIDGED_LONG << 2:
+            view[at - 1] = size >> 2
+            return at - 1, size + 1
+        if size >= _ABRIDGED_MAX:
+            raise FrameError("too_large", f"Abridged frame too large: {size}", size)
+        _LE32.pack_into(view, at - 4, size >> 2 << 8 | _ABRIDGED_LONG)
+        return at - 4, size + 4
+
+    def ack(self, view: memoryview, at: int) -> None:
+        """Most significant byte first: bit 7 of the first byte marks it."""
+        view[at:at + 4] = bytes(view[at:at + 4])[::-1]
+
+
+class Intermediate(Framing):
+    """Four bytes of length."""
+
+    __slots__ = ()
+    name = "intermediate"
+
+    def _head(self, view: memoryview, at: int, end: int) -> tuple[int, int, bool] | None:
+        head = super()._head(view, at, end)
+        if head is not None and head[1] & 3:
+            raise FrameError("misaligned", f"Frame misaligned: {head[1]}", head[1], bytes(view[at:at + 4]))
+        return head
+
+
+class Secure(Framing):
+    """Four bytes of length, and padding that hides it."""
+
+    __slots__ = ()
+    name = "secure"
+
+    def enclose(self, view: memoryview, at: int, size: int, noise: Bytes) -> tuple[int, int]:
+        """One to three bytes of padding, uniformly: of noise[0], all but one value in 256 are used."""
+        if size & 3:
+            raise FrameError("misaligned", f"Secure payload must be 4-byte aligned, got {size}", size)
+        tail = noise[0] % 3 + 1
+        view[at + size:at + size + tail] = noise[1:1 + tail]
+        _LE32.pack_into(view, at - 4, size + tail)
+        return at - 4, size + tail + 4
+
+
 # == 6. obfuscated ===========================================================
 # The first 64 bytes of a client, and the 64 bytes we send to a data centre.
 #
@@ -3354,6 +3603,491 @@ def build_proxy_header(version: int, source: Address | None, destination: Addres
     ends = [ipaddress.ip_address(end[0]).packed for end in (source, destination)]
     return (_V2_FIXED.pack(_PROXY_V2, 0x21, 0x11 if family == 4 else 0x21, layout.size)
             + layout.pack(*ends, source[1], destination[1]))
+# == 9. rpc ==================================================================
+# The protocol of a link to Telegram's middle end ("middle proxy").  We are its
+# RPC client.  A link starts in clear (nonces), then both directions are one
+# AES-256-CBC chain each.  A frame is
+#
+#   length u32 | seqno i32 | payload | checksum u32
+#
+# length counts everything; a word of 4 where a length belongs is padding.
+# Sequence numbers start at -2 in each direction: nonce, handshake, then 0, 1, 2.
+# Everything is little-endian, addresses inside the KDF even reversed.
+#
+# Decryption works on whole reads and parsing on the decrypted run: FrameReader
+# returns places of payloads, not payloads.  Checksums are zlib's CRC-32, which
+# the link asks for; CRC-32C (flag 0x800) is offered only where a native one is
+# at hand, because in Python it takes 0.1 us a byte (D5).
+# Traps: the handshake reply and the first frames may share a block; a frame may
+# start in any word; the key buffer takes the client's time, not the server's.
+# Source: middle-proxy-wire.md; `Dn` there is its section 16.
+
+RPC_NONCE: Final = 0x7ACB87AA
+RPC_HANDSHAKE: Final = 0x7682EEF5
+RPC_HANDSHAKE_ERROR: Final = 0x6A27BEDA
+RPC_PROXY_REQ: Final = 0x36CEF1EE
+RPC_PROXY_ANS: Final = 0x4403DA0D
+RPC_SIMPLE_ACK: Final = 0x3BAC409B
+RPC_CLOSE_EXT: Final = 0x5EB634A2
+RPC_CLOSE_CONN: Final = 0x1FCF425D
+RPC_PING: Final = 0x5730A2DF
+RPC_PONG: Final = 0x8430EAA7
+RPC_FRAME_MIN: Final = 12
+RPC_FRAME_MAX: Final = 1 << 24
+ANSWER_HEAD: Final = 16                  # type, flags, conn id in front of an answer's data
+CLIENT_FRAME_MAX: Final = RPC_FRAME_MAX - 96     # header with tag, data and checksum must fit a frame (D10)
+FLAG_CRC32C: Final = 0x800
+FLAG_PLAIN: Final = 0x2                  # of PROXY_REQ: the message is not encrypted
+FLAG_TAG: Final = 0x8
+FLAG_QUICK_ACK: Final = 0x8000_0000
+FLAGS_OF: Final = {"abridged": 0x4002_1000, "intermediate": 0x2002_1000, "secure": 0x2802_1000}      # by Framing.name
+SECRET_MIN: Final = 32
+_AD_TAG: Final = bytes.fromhex("18000000 ae261edb 10")
+_SCHEMA_AES: Final = 1
+_SKEW_MAX_S: Final = 30
+_PAD_WORD: Final = b"\4\0\0\0"
+_PADS: Final = tuple(_PAD_WORD * count for count in range(4))
+_NO_KEY: Final = bytes(8)                # auth_key_id of an unencrypted message
+_FRAME_HEAD: Final = struct.Struct("<Ii")
+_NONCE_BODY: Final = struct.Struct("<IIII16s")
+_SHAKE_BODY: Final = struct.Struct("<II12s12s")
+_PID: Final = struct.Struct("<IHHI")
+_TWO_WORDS: Final = struct.Struct("<II")
+_CONN: Final = struct.Struct("<IQ")
+_MAPPED_V4: Final = bytes(10) + b"\xff\xff"
+
+Checksum: TypeAlias = "Callable[[Bytes, int], int]"      # data, value so far
+
+
+class RpcError(WireError):
+    """A middle end broke the protocol; costs the link.  kind: length, crc, seq, handshake, rejected."""
+
+    def __init__(self, kind: str, text: str, code: int = 0) -> None:
+        super().__init__(Reason.BAD_RPC, text)
+        self.kind, self.code = kind, code      # code of a refused handshake
+
+
+@functools.cache
+def _crc32c_table() -> tuple[int, ...]:
+    table = []
+    for byte in range(256):
+        for _ in range(8):
+            byte = byte >> 1 ^ 0x82F6_3B78 * (byte & 1)
+        table.append(byte)
+    return tuple(table)
+
+
+def crc32c(data: Bytes, value: int = 0) -> int:
+    """Return CRC-32C (Castagnoli) of `data`, continuing from `value`; 0.1 us a byte."""
+    table, value = _crc32c_table(), value ^ 0xFFFF_FFFF
+    for byte in memoryview(data):
+        value = value >> 8 ^ table[(value ^ byte) & 0xFF]
+    return value ^ 0xFFFF_FFFF
+
+
+class FrameWriter:
+    """Outgoing frames; sequence numbers and checksums are given when a frame is serialised (D16)."""
+
+    __slots__ = ("seq", "checksum")
+
+    def __init__(self, seq: int = -2, checksum: Checksum = zlib.crc32) -> None:
+        self.seq, self.checksum = seq, checksum
+
+    def add(self, out: list[Bytes], head: bytes, body: Bytes = b"") -> int:
+        """Append the frame with payload head + body to `out`; return its size."""
+        size = len(head) + len(body) + RPC_FRAME_MIN
+        front = _FRAME_HEAD.pack(size, self.seq) + head
+        self.seq = self.seq + 1 if self.seq != 0x7FFF_FFFF else -0x8000_0000
+        checksum = self.checksum(front, 0)
+        out.append(front)
+        if body:
+            checksum = self.checksum(body, checksum)
+            out.append(body)
+        out.append(_LE32.pack(checksum))
+        return size
+
+    def frame(self, payload: bytes) -> bytes:
+        """One frame, without padding."""
+        out: list[Bytes] = []
+        self.add(out, payload)
+        return b"".join(out)
+
+
+def padding(size: int) -> bytes:
+    """Padding words that bring `size` bytes, a multiple of 4, to whole blocks."""
+    return _PADS[-size % BLOCK_SIZE >> 2]
+
+
+class FrameReader:
+    """Incoming frames of a decrypted stream."""
+
+    __slots__ = ("seq", "checksum", "failed", "needs")
+
+    def __init__(self, seq: int = 0, checksum: Checksum = zlib.crc32) -> None:
+        self.seq, self.checksum = seq, checksum
+        self.failed: RpcError | None = None    # why no further frame is looked at
+        self.needs = 0                         # bytes of the incomplete frame that spans() stopped at, 0 = not known yet
+
+    def spans(self, view: memoryview, at: int, end: int) -> tuple[list[tuple[int, int]], int]:
+        """Return ([(start, size) of each payload in view[at:end]], where the incomplete rest begins).
+
+        After a fault `failed` is set and the good frames before it are returned.
+        """
+        found = list[tuple[int, int]]()
+        unpack, checksum, word = _FRAME_HEAD.unpack_from, self.checksum, _LE32.unpack_from
+        seq, self.needs = self.seq, 0
+        while end - at >= 4:
+            length: int = word(view, at)[0]
+            if length == 4:
+                at += 4
+                continue
+            if length < RPC_FRAME_MIN or length > RPC_FRAME_MAX or length & 3:
+                self.failed = RpcError("length", f"Bad RPC frame length: {length}")
+                break
+            tail = at + length - 4
+            if tail > end - 4:
+                self.needs = length
+                break
+            computed, received = checksum(view[at:tail], 0), word(view, tail)[0]
+            if computed != received:
+                self.failed = RpcError("crc", f"CRC mismatch: 0x{received:08x} vs 0x{computed:08x}")
+                break
+            if (got := unpack(view, at)[1]) != seq:
+                self.failed = RpcError("seq", f"Expected seq={seq}, got {got}")
+                break
+            seq = seq + 1 if seq != 0x7FFF_FFFF else -0x8000_0000
+            found.append((at + 8, length - RPC_FRAME_MIN))
+            at = tail + 4
+        self.seq = seq
+        return found, at
+
+
+# -- keys
+
+class ProxySecret(NamedTuple):
+    """What getProxySecret returned; not the secret of a user."""
+
+    data: bytes
+
+    @property
+    def selector(self) -> int:
+        """Its first four bytes name it on the wire."""
+        return int.from_bytes(self.data[:4], "little") if len(self.data) >= 4 else 0
+
+
+def check_secret_size(size: int, limit: int) -> None:
+    """Raise WireError unless a proxy-secret of `size` bytes may be used."""
+    text = ""
+    if limit < SECRET_MIN:
+        text = f"proxy-secret max length is invalid: {limit} bytes (must be >= {SECRET_MIN})"
+    elif size < SECRET_MIN:
+        text = f"proxy-secret too short: {size} bytes (need >= {SECRET_MIN})"
+    elif size > limit:
+        text = f"proxy-secret too long: {size} bytes (limit = {limit})"
+    if text:
+        raise WireError(Reason.BAD_RPC, f"Proxy error: {text}")
+
+
+class LinkEnds(NamedTuple):
+    """Both addresses of a link as the middle end sees them."""
+
+    client_ip: str
+    client_port: int
+    server_ip: str
+    server_port: int
+    compat: bool = False         # SOCKS gave no usable address and me_socks_kdf_policy let that pass
+
+
+_STRICT_TEXT: Final = "SOCKS route returned no valid BND tuple for ME KDF (strict policy)"
+_MIXED_TEXT: Final = "mixed IPv4/IPv6 endpoints are not supported for ME key derivation"
+
+
+def choose_link_ends(endpoint: tuple[str, int], local: tuple[str, int], *, socks: bool = False, bound: tuple[str, int] | None = None,
+                     nat_ip: str = "", detected: str = "", strict: bool = True) -> LinkEnds:
+    """Which addresses enter the key derivation (middle-proxy-wire.md D4).
+
+    local: of our socket.  bound: what a SOCKS server said it sends from.  nat_ip, detected: configured and discovered public
+    address of the endpoint's family, empty = none.  Raises RouteError.
+    """
+    v6 = ":" in endpoint[0]
+    private = is_bogon(endpoint[0])
+    compat = False
+    if socks:
+        if bound is not None and (":" in bound[0]) == v6 and bound[1] and bound[0] not in ("0.0.0.0", "::") \
+                and (private or not is_bogon(bound[0])):
+            return LinkEnds(*bound, *endpoint)
+        if strict:
+            raise RouteError(_STRICT_TEXT)
+        compat = True
+    ip = nat_ip or (local[0] if not is_bogon(local[0]) or private else detected or local[0])
+    if (":" in ip) != v6:
+        raise RouteError(_MIXED_TEXT)
+    return LinkEnds(ip, local[1], *endpoint, compat)
+
+
+def our_address(local_ip: str, nat_ip: str, detected: str) -> str:
+    """The address of ours that PROXY_REQ carries; arguments as for choose_link_ends (D4)."""
+    return nat_ip or (detected if detected and is_bogon(local_ip) else local_ip)
+
+
+def pack_ip(ip: str) -> bytes:
+    """The 4 or 16 bytes of an address, network order; IPv4-mapped counts as IPv4."""
+    address = ipaddress.ip_address(ip)
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).packed
+
+
+def _reversed_v4(packed: bytes) -> bytes:
+    """Octets of an IPv4 address as a little-endian word; zero for IPv6."""
+    return packed[::-1] if len(packed) == 4 else bytes(4)
+
+
+def key_material(purpose: bytes, server_nonce: bytes, client_nonce: bytes, client_ts: int, ends: LinkEnds, secret: bytes) -> bytes:
+    """The buffer that keys are digests of (middle-proxy-wire.md 5.3); purpose: CLIENT for our writes, SERVER for our reads."""
+    client, server = pack_ip(ends.client_ip), pack_ip(ends.server_ip)
+    parts = [server_nonce, client_nonce, _LE32.pack(client_ts), _reversed_v4(server), ends.client_port.to_bytes(2, "little"),
+             purpose, _reversed_v4(client), ends.server_port.to_bytes(2, "little"), secret, server_nonce]
+    if len(client) == 16:
+        parts += [client, server]
+    return b"".join((*parts, client_nonce))
+
+
+def derive_link_key(material: bytes) -> tuple[bytes, bytes]:
+    """Return (key of 32 bytes, IV of 16) for one direction."""
+    md5, sha1 = (functools.partial(make, usedforsecurity=False) for make in (hashlib.md5, hashlib.sha1))
+    return md5(material[1:]).digest()[:12] + sha1(material).digest(), md5(material[2:]).digest()
+
+
+# -- the handshake
+
+class Origin(NamedTuple):
+    """What a process brings to every handshake."""
+
+    backend: Backend
+    entropy: Entropy
+    pid: int
+    start_wall: int                              # unix seconds
+    native_crc32c: Checksum | None = None        # offered if there is one
+
+
+class LinkHandshake:
+    """Client side of nonce and handshake exchange.  open(), then feed() until `done`; both return bytes to send."""
+
+    __slots__ = ("origin", "secret", "ends", "client_ts", "nonce", "keyed", "done", "checksum", "encryptor", "decryptor", "_raw", "_plain")
+
+    def __init__(self, origin: Origin, secret: ProxySecret, ends: LinkEnds, now_wall: int) -> None:
+        self.origin, self.secret, self.ends = origin, secret, ends
+        self.client_ts = now_wall
+        self.nonce = origin.entropy(16)
+        self.keyed = False                     # the server's nonce came: the second half has its own deadline
+        self.done = False
+        self.checksum: Checksum = zlib.crc32   # of both directions once done
+        self.encryptor: AesCbc | None = None   # both go on from here, one chain for the life of the link
+        self.decryptor: AesCbc | None = None
+        self._raw = bytearray()                # as received: in clear, then ciphertext short of a block
+        self._plain = bytearray()
+
+    def open(self) -> bytes:
+        """The first frame."""
+        return FrameWriter(-2).frame(_NONCE_BODY.pack(RPC_NONCE, self.secret.selector, _SCHEMA_AES, self.client_ts, self.nonce))
+
+    def feed(self, data: Bytes) -> bytes:
+        """Take what the server sent; return what to answer.  Raises RpcError."""
+        self._raw += data
+        reply = b""
+        if not self.keyed:
+            reply = self._read_nonce()
+        if self.keyed and not self.done:
+            self._read_reply()
+        return reply
+
+    def take_rest(self) -> tuple[bytes, bytes]:
+        """What came behind the handshake: (decrypted, not decrypted yet because it is no whole block)."""
+        rest = bytes(self._plain), bytes(self._raw)
+        self._plain.clear()
+        self._raw.clear()
+        return rest
+
+    def _fail(self, text: str) -> RpcError:
+        return RpcError("handshake", f"Invalid handshake: {text}")
+
+    def _take_frame(self, buffer: bytearray, seq: int, names: tuple[str, str]) -> bytes | None:
+        """Return the payload of the frame that `buffer` begins with, None while it is incomplete."""
+        if len(buffer) < 4:
+            return None
+        length = _LE32.unpack_from(buffer)[0]
+        if not RPC_FRAME_MIN <= length <= RPC_FRAME_MAX:
+            raise self._fail(f"{names[0]}: {length}")
+        if len(buffer) < length:
+            return None
+        frame = bytes(buffer[:length])
+        del buffer[:length]
+        computed, received = zlib.crc32(frame[:-4]), _LE32.unpack_from(frame, length - 4)[0]
+        if computed != received:
+            raise self._fail(f"{names[1]}: 0x{received:08x} vs 0x{computed:08x}")
+        if (got := _FRAME_HEAD.unpack_from(frame)[1]) != seq:
+            raise self._fail(f"Expected seq={seq}, got {got}")
+        return frame[8:-4]
+
+    def _read_nonce(self) -> bytes:
+        payload = self._take_frame(self._raw, -2, ("Bad RPC frame length", "CRC mismatch"))
+        if payload is None:
+            return b""
+        if len(payload) < _NONCE_BODY.size:
+            raise self._fail(f"Nonce payload too short: {len(payload)} bytes")
+        kind, selector, schema, server_ts, server_nonce = _NONCE_BODY.unpack_from(payload)
+        if kind != RPC_NONCE:
+            raise self._fail(f"Expected RPC_NONCE 0x{RPC_NONCE:08x}, got 0x{kind:08x}")
+        if schema != _SCHEMA_AES:
+            raise self._fail(f"Unsupported crypto schema: 0x{schema:x}")
+        if selector != self.secret.selector:
+            raise self._fail(f"Server key_select 0x{selector:08x} != client 0x{self.secret.selector:08x}")
+        skew = abs(self.client_ts - server_ts)
+        if skew > _SKEW_MAX_S:
+            raise self._fail(f"nonce crypto_ts skew too large: client={self.client_ts}, server={server_ts}, skew={skew}s")
+        self._make_keys(server_nonce)
+        self.keyed = True
+        return self._handshake()
+
+    def _make_keys(self, server_nonce: bytes) -> None:
+        """Set both ciphers from what the two nonces and the addresses give."""
+        backend = self.origin.backend
+        write, read = (derive_link_key(key_material(purpose, server_nonce, self.nonce, self.client_ts, self.ends, self.secret.data))
+                       for purpose in (b"CLIENT", b"SERVER"))
+        self.encryptor, self.decryptor = backend.cbc_encryptor(*write), backend.cbc_decryptor(*read)
+
+    def _handshake(self) -> bytes:
+        ends, origin = self.ends, self.origin
+        flags = FLAG_CRC32C if origin.native_crc32c else 0
+        ours = _reversed_v4(pack_ip(ends.client_ip)) + _PID.pack(0, ends.client_port, origin.pid & 0xFFFF, origin.start_wall)[4:]
+        theirs = _reversed_v4(pack_ip(ends.server_ip)) + _PID.pack(0, ends.server_port, 0, 0)[4:]
+        frame = FrameWriter(-1).frame(_SHAKE_BODY.pack(RPC_HANDSHAKE, flags, ours, theirs))
+        assert self.encryptor is not None
+        return self.encryptor.update(frame + padding(len(frame)))
+
+    def _read_reply(self) -> None:
+        whole = len(self._raw) & -BLOCK_SIZE
+        if whole:
+            assert self.decryptor is not None
+            self._plain += self.decryptor.update(bytes(self._raw[:whole]))
+            del self._raw[:whole]
+        while self._plain[:4] == _PAD_WORD:
+            del self._plain[:4]
+        payload = self._take_frame(self._plain, -1, ("Bad HS response frame len", "HS CRC mismatch"))
+        if payload is None:
+            return
+        if len(payload) < 4:
+            raise self._fail("Handshake payload too short")
+        kind = _LE32.unpack_from(payload)[0]
+        if kind == RPC_HANDSHAKE_ERROR:
+            code = int.from_bytes(payload[4:8], "little", signed=True) if len(payload) >= 8 else -1
+            raise RpcError("rejected", f"Invalid handshake: ME rejected handshake (error={code})", code)
+        if len(payload) != _SHAKE_BODY.size:
+            raise self._fail(f"Bad handshake payload len: {len(payload)}")
+        if kind != RPC_HANDSHAKE:
+            raise self._fail(f"Expected HANDSHAKE 0x{RPC_HANDSHAKE:08x}, got 0x{kind:08x}")
+        flags = _LE32.unpack_from(payload, 4)[0]
+        if flags & 0xFF:
+            raise self._fail(f"Unsupported handshake flags: 0x{flags:08x}")
+        if flags & FLAG_CRC32C:
+            if self.origin.native_crc32c is None:
+                raise self._fail(f"Peer negotiated unsupported CRC flags: 0x{flags:08x}")
+            self.checksum = self.origin.native_crc32c
+        self.done = True
+
+
+# -- requests
+
+def _address(ip: str, port: int) -> bytes:
+    packed = pack_ip(ip)
+    return (packed if len(packed) == 16 else _MAPPED_V4 + packed) + _LE32.pack(port)
+
+
+class RequestHead:
+    """What stands in front of every message of one session: made once, two flags apart."""
+
+    __slots__ = ("_flags", "_rest")
+
+    def __init__(self, framing: str, conn_id: int, client: tuple[str, int], ours: tuple[str, int], ad_tag: bytes | None) -> None:
+        self._flags = FLAGS_OF[framing] | (FLAG_TAG if ad_tag is not None else 0)
+        extra = b"" if ad_tag is None else _AD_TAG + ad_tag + bytes(3)
+        self._rest = conn_id.to_bytes(8, "little") + _address(*client) + _address(*ours) + extra
+
+    def build(self, data: Bytes, quick_ack: bool) -> bytes:
+        """The RPC_PROXY_REQ up to where `data` follows."""
+        flags = self._flags
+        if quick_ack:
+            flags |= FLAG_QUICK_ACK
+        if data[:8] == _NO_KEY:
+            flags |= FLAG_PLAIN
+        return _TWO_WORDS.pack(RPC_PROXY_REQ, flags) + self._rest
+
+
+def build_close(conn_id: int) -> bytes:
+    """RPC_CLOSE_CONN, the only close that goes this way (D12)."""
+    return _CONN.pack(RPC_CLOSE_CONN, conn_id)
+
+
+# -- the lists of middle ends
+
+class ProxyList(NamedTuple):
+    """What getProxyConfig or getProxyConfigV6 says."""
+
+    endpoints: Mapping[int, tuple[tuple[str, int], ...]]       # signed DC -> (IP, port) in the order of the text
+    default_dc: int | None
+    lines: int                                   # accepted proxy_for lines, duplicates included
+
+
+def parse_proxy_config(text: str, family: int) -> ProxyList:
+    """Read such a list; family: 4 or 6.  What does not parse is skipped (middle-proxy-wire.md D2)."""
+    endpoints: dict[int, list[tuple[str, int]]] = {}
+    default_dc, lines = None, 0
+    for line in text.splitlines():
+        for words in map(str.split, line.partition("#")[0].split(";")):
+            if words[:1] == ["default"] and len(words) == 2 and default_dc is None:
+                default_dc = _parse_number(words[1])
+            elif words[:1] == ["proxy_for"] and len(words) == 3:
+                dc, target = _parse_number(words[1]), _parse_endpoint(words[2], family)
+                if dc and -32768 <= dc <= 32767 and target is not None:
+                    lines += 1
+                    listed = endpoints.setdefault(dc, [])
+                    if target not in listed:
+                        listed.append(target)
+    return ProxyList({dc: tuple(listed) for dc, listed in endpoints.items()}, default_dc, lines)
+
+
+def _parse_number(text: str) -> int | None:
+    digits = text[1:] if text[:1] == "-" else text
+    return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 10 else None
+
+
+def _parse_endpoint(text: str, family: int) -> tuple[str, int] | None:
+    host, _, digits = text.rpartition(":")
+    port = _parse_number(digits)
+    if host[:1] == "[" and host[-1:] == "]":
+        host = host[1:-1]
+    address = parse_ip(host)
+    if address is None or port is None or not 0 < port < 65536 or address.version != family or "%" in host:
+        return None
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return None
+    return str(address), port
+
+
+_BUILTIN: Final = {
+    4: """proxy_for 1 149.154.175.50:8888; proxy_for -1 149.154.175.50:8888; proxy_for 2 149.154.161.144:8888
+          proxy_for -2 149.154.161.144:8888; proxy_for 3 149.154.175.100:8888; proxy_for -3 149.154.175.100:8888
+          proxy_for 4 91.108.4.136:8888; proxy_for -4 149.154.165.109:8888
+          proxy_for 5 91.108.56.183:8888; proxy_for -5 91.108.56.183:8888""",
+    6: """proxy_for 1 [2001:b28:f23d:f001::d]:8888; proxy_for -1 [2001:b28:f23d:f001::d]:8888; proxy_for 2 [2001:67c:4e8:f002::d]:80
+          proxy_for -2 [2001:67c:4e8:f002::d]:80; proxy_for 3 [2001:b28:f23d:f003::d]:8888; proxy_for -3 [2001:b28:f23d:f003::d]:8888
+          proxy_for 4 [2001:67c:4e8:f004::d]:8888; proxy_for -4 [2001:67c:4e8:f004::d]:8888
+          proxy_for 5 [2001:b28:f23f:f005::d]:8888; proxy_for -5 [2001:b28:f23f:f005::d]:8888"""}
+
+
+def builtin_list(family: int) -> ProxyList:
+    """What is used where no list can be had and no cache is left (middle-proxy-wire.md 2.3)."""
+    return parse_proxy_config(_BUILTIN[family], family)
 
 
 # == 10. stats ===============================================================
@@ -6368,18 +7102,6 @@ _draws: Final = Draws(lambda: 1024 + int(draw_fraction() * 3072))
 
 
 # -- links (config.md 5.4, api.md 10)
-
-_BOGONS: Final = tuple(map(ipaddress.ip_network, (
-    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24",
-    "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
-    "::/128", "::1/128", "fc00::/7", "fe80::/10", "::ffff:0:0/96", "100::/64", "2001:db8::/32", "2002::/16", "ff00::/8")))
-
-
-def is_bogon(ip: str) -> bool:
-    """True for an address that is not publicly routable (upstream-and-relay.md 3.3)."""
-    address = ipaddress.ip_address(ip)
-    return any(address.version == net.version and address in net for net in _BOGONS)
-
 
 def public_ip(version: int, detected: tuple[str | None, str | None], settings: Settings) -> str | None:
     """The address of a family that clients can reach us at, as far as known.
