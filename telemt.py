@@ -26,7 +26,8 @@ contents; tools/house_check.py keeps this map true.  Missing numbers are rooms o
   18  relay       io    <- 1 11 13 14      a session that has both its ends
   19  session     io    <- 1 2 4 6 7 10 11 13-15 18   from accept to a relay
   20  server      io    <- 1-3 10 11 13-15 18 19    listeners, places, sweep, reload, links, stop, the seam to telemt_api.py
-  21  cli         io    <- 1-3 13 20       arguments, files, log on stdout, process set-up, main()
+  21  ping        io    <- 1-4 6 7 13 14   a client of our own: through any proxy link to a data centre
+  23  cli         io    <- 1-3 13 20 21    arguments, files, log on stdout, process set-up, main()
 
 The trip of one client.  `Listener` accepts; `Server._on_accept` gives it a place and a `ClientSession`, which sniffs the
 first bytes (`_sniff`).  A ClientHello goes to `Doorman.find_hello`, which tries secrets in the order of
@@ -105,6 +106,7 @@ if __name__ == "__main__":
 # SHA-256 does: 2 us more per ClientHello and user tried.  With many, hash_with_openssl() undoes this.
 sys.modules.setdefault("_hashlib", None)  # type: ignore[arg-type]
 
+import binascii
 import bisect
 import collections
 import contextlib
@@ -136,6 +138,8 @@ from collections.abc import Callable, Container, Hashable, Iterable, Iterator, M
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
+    import argparse
+
     from _typeshed import WriteableBuffer
 
 _T = TypeVar("_T")
@@ -2881,15 +2885,39 @@ def parse_client_preamble(block: bytes, secret: bytes, backend: Backend) -> Prea
     return Preamble(transport, dc, from_client, hashlib.sha256(reverse[:32] + secret).digest(), reverse[32:], block[8:56])
 
 
+class ClientPreamble(NamedTuple):
+    """What a client opens with."""
+
+    block: bytes             # 64 bytes for the wire
+    to_dc: AesCtr            # encrypts what follows; already past the 64 bytes
+    from_dc: AesCtr          # decrypts the answer
+
+
+def make_client_preamble(transport: Transport, dc: int, secret: bytes, backend: Backend, entropy: Entropy) -> ClientPreamble:
+    """Return the block that opens a stream through a proxy with `secret` (16 bytes): the other side of parse_client_preamble."""
+    draw = draw_preamble(entropy)
+    to_dc = backend.ctr(hashlib.sha256(draw[8:40] + secret).digest(), draw[40:56])
+    plain = draw[:_TAG_AT] + transport.value + dc.to_bytes(2, "little", signed=True) + draw[62:]
+    reverse = draw[55:7:-1]
+    from_dc = backend.ctr(hashlib.sha256(reverse[:32] + secret).digest(), reverse[32:])
+    return ClientPreamble(plain[:_TAG_AT] + to_dc.update(plain)[_TAG_AT:], to_dc, from_dc)
+
+
+def draw_preamble(entropy: Entropy) -> bytes:
+    """Return 64 random bytes that nothing on the way takes for another protocol."""
+    while True:
+        draw = entropy(PREAMBLE_SIZE)
+        if draw[0] != 0xEF and draw[:4] not in _NEVER_SENT and draw[4:8] != b"\0\0\0\0":
+            return draw
+
+
 def make_dc_preamble(transport: Transport, dc: int, backend: Backend, entropy: Entropy,
                      answer_key: bytes = b"") -> DcPreamble:
     """Return the block that opens a stream to data centre `dc`, with the cipher that continues it.
 
     answer_key: the client's key and IV (48 bytes) for fast_mode; empty = random keys (upstream-and-relay.md 8).
     """
-    draw = entropy(PREAMBLE_SIZE)
-    while draw[0] == 0xEF or draw[:4] in _NEVER_SENT or draw[4:8] == b"\0\0\0\0":
-        draw = entropy(PREAMBLE_SIZE)
+    draw = draw_preamble(entropy)
     keys = answer_key[::-1] or draw[8:56]
     plain = draw[:8] + keys + transport.value + dc.to_bytes(2, "little", signed=True) + draw[62:]
     to_dc = backend.ctr(keys[:32], keys[32:])
@@ -7302,7 +7330,407 @@ log_server: Final = Log("server")
 log_links: Final = Log("links")
 
 
-# == 21. cli =================================================================
+# == 21. ping ================================================================
+# A client of our own: through any MTProto proxy link to a data centre and back,
+# with the time of every step.  It is what `ping` and `healthcheck` run.
+#
+#   connect | hello, flight (ee links only) | header, req_pq -> resPQ
+#
+# It speaks as Telegram's apps do, so it also works against other proxies.  When
+# something fails, the step and what came back tell the likely reason.  One
+# thing a hello cannot tell is why it was taken for a stranger's: wrong secret,
+# or clocks apart.  A second hello with a clock of "seconds since boot", which
+# proxies accept at any time (client-protocol.md 6.2), decides that.
+# Source: client-protocol.md 5-8; core.telegram.org/mtproto/auth_key.
+
+_STEP_LIMIT_S: Final = 8.0               # per step; a data centre on the other side of the world answers in 0.5 s
+_REPLY_MAX: Final = 65_536
+_REQ_PQ_MULTI: Final = 0xBE7E8EF1
+_RES_PQ: Final = 0x05162463
+_SINCE_BOOT: Final = 4242                # seconds; any number far from a date
+_LINK_START: Final = re.compile(r"(?:tg://proxy|tg:proxy|https?://(?:www\.)?(?:t\.me|telegram\.me|telegram\.dog)/proxy)/?\?(.*)", re.DOTALL)
+
+
+class ProxyLink(NamedTuple):
+    """What a tg://proxy link says."""
+
+    host: str
+    port: int
+    secret: bytes            # 16 bytes
+    mode: str                # classic, dd or ee
+    domain: str = ""         # ee: the name in the ClientHello
+    preface: bytes = b""     # sent first: a PROXY header, where the listener insists on one
+    path: str = ""           # a unix socket in place of host and port
+
+    @property
+    def where(self) -> str:
+        """The address, as a person would write it."""
+        return self.path or format_address(self.host, self.port)
+
+
+def parse_proxy_link(text: str) -> ProxyLink:
+    """Return what a `tg://proxy?` or `https://t.me/proxy?` link says.  Raises ConfigError with what is wrong and never with the secret."""
+    match = _LINK_START.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError("not a proxy link: it begins with tg://proxy? or https://t.me/proxy?", prefix=False)
+    fields: dict[str, str] = {}
+    for part in match[1].partition("#")[0].replace("&amp;", "&").split("&"):
+        name, _, value = part.partition("=")
+        fields[name] = percent_decode(value)
+    for name in ("server", "port", "secret"):
+        if not fields.get(name):
+            raise ConfigError(f"the link has no {name}=", prefix=False)
+    port = fields["port"]
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65_536):
+        raise ConfigError(f"port={port} in the link is not a port", prefix=False)
+    host = fields["server"].strip("[]").rstrip(".")
+    return ProxyLink(host, int(port), *parse_link_secret(fields["secret"]))
+
+
+def percent_decode(text: str) -> str:
+    """`text` with %XX replaced; `+` stays, because it is a character of base64."""
+    raw = re.sub(rb"%([0-9A-Fa-f]{2})", lambda hit: bytes((int(hit[1], 16),)), text.encode())
+    return raw.decode("utf-8", "replace")
+
+
+def parse_link_secret(text: str) -> tuple[bytes, str, str]:
+    """Return (secret, mode, domain) of a secret in hex, base64 or base64url.  Raises ConfigError."""
+    if re.fullmatch(r"(?:[0-9A-Fa-f]{2}){16,}", text):
+        raw = bytes.fromhex(text)
+    else:
+        try:
+            plain = text.replace("-", "+").replace("_", "/").rstrip("=")
+            raw = binascii.a2b_base64(plain + "=" * (-len(plain) % 4))
+        except (binascii.Error, ValueError):
+            raw = b""
+        if not re.fullmatch(r"[A-Za-z0-9+/_-]+=*", text):
+            raw = b""
+    if len(raw) == 16:
+        return raw, "classic", ""
+    if len(raw) == 17 and raw[0] == 0xDD:
+        return raw[1:], "dd", ""
+    if len(raw) > 17 and raw[0] == 0xEE:
+        domain = raw[17:].decode("utf-8", "replace")
+        if domain.isascii() and domain.isprintable() and len(domain) <= 253:
+            return raw[1:17], "ee", domain
+        raise ConfigError("the name behind the secret of this ee link is not a host name", prefix=False)
+    raise ConfigError("secret= in the link is not 32 hex characters, dd and 32, ee with 32 and a host name, or the same in base64",
+                      prefix=False)
+
+
+class Pong(NamedTuple):
+    """Result of one attempt; times in seconds, None = the step was not reached or there is none."""
+
+    dc: int
+    step: str                     # "" = answered; else the step that failed: resolve, connect, handshake, answer
+    reason: str = ""              # what happened, and what it usually means
+    connect_s: float | None = None
+    handshake_s: float | None = None
+    answer_s: float | None = None
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of all steps together."""
+        return sum(part for part in (self.connect_s, self.handshake_s, self.answer_s) if part is not None)
+
+
+class PingDesk(NamedTuple):
+    """What all attempts share."""
+
+    loop: Loop
+    backend: Backend
+    dials: Lane[Dial]
+    steps: Lane[Attempt]
+
+    @classmethod
+    def open(cls, loop: Loop, backend: Backend) -> PingDesk:
+        """A desk on a loop."""
+        return cls(loop, backend, loop.lane(_STEP_LIMIT_S, Dial.on_timeout), loop.lane(_STEP_LIMIT_S, Attempt.on_timeout))
+
+
+class Attempt:
+    """One client: connect, handshake, one question to data centre `dc`.  done(Pong) is called once."""
+
+    __slots__ = ("desk", "link", "dc", "done", "clock_s", "stream", "step", "began", "times", "inbox", "records", "decrypt", "nonce",
+                 "hello", "answer")
+
+    def __init__(self, desk: PingDesk, link: ProxyLink, ip: str, dc: int, done: Callable[[Pong], None],
+                 clock_s: float | None = None) -> None:
+        self.desk, self.link, self.dc, self.done = desk, link, dc, done
+        self.clock_s = clock_s                 # None: now.  Another clock asks only whether the hello is taken
+        self.stream: Stream | None = None
+        self.step, self.began = "connect", time.monotonic()
+        self.times: dict[str, float] = {}
+        self.inbox, self.answer = Inbox(_REPLY_MAX), Inbox(_REPLY_MAX)
+        self.records: RecordReader | None = None
+        self.nonce, self.hello = os.urandom(16), b""
+        Dial(desk.loop, ip, link.port, desk.dials, self._on_connected)
+
+    # -- steps
+
+    def _next(self, step: str) -> None:
+        """The step at hand is done; its time is taken and the next begins."""
+        now = time.monotonic()
+        self.times[self.step], self.step, self.began = now - self.began, step, now
+        self.desk.steps.arm(self)
+
+    def _on_connected(self, result: Stream | RouteError) -> None:
+        if isinstance(result, RouteError):
+            self._fail(explain_connect(result))
+            return
+        self.stream = result
+        result.watch(READ, self.on_readable)
+        if self.link.mode == "ee":
+            self._next("handshake")
+            when = time.time() if self.clock_s is None else self.clock_s
+            self.hello = self._sign_hello(int(when))
+            self._send(self.link.preface + self.hello)
+        else:
+            self._next("answer")
+            self._ask(self.link.preface)
+
+    def _sign_hello(self, clock_s: int) -> bytes:
+        make_key = functools.partial(self.desk.backend.x25519_public, os.urandom)
+        hello = without_random(build_probe_hello(self.link.domain, make_key, os.urandom, hybrid=False))
+        mac = KeyedHmac(self.link.secret).digest(hello)
+        stamp = int.from_bytes(mac[28:], "little") ^ clock_s
+        return hello[:_RANDOM.start] + mac[:28] + stamp.to_bytes(4, "little") + hello[_RANDOM.stop:]
+
+    def _ask(self, preface: bytes) -> None:
+        transport = Transport.INTERMEDIATE if self.link.mode == "classic" else Transport.PADDED
+        header = make_client_preamble(transport, self.dc, self.link.secret, self.desk.backend, os.urandom)
+        self.decrypt = header.from_dc
+        body = req_pq(self.nonce, time.time())
+        if transport is Transport.PADDED:
+            body += os.urandom(int(draw_fraction() * 4))
+        data = header.block + header.to_dc.update(len(body).to_bytes(4, "little") + body)
+        if self.link.mode == "ee":
+            data = _CCS + RECORD_HEAD + len(data).to_bytes(2, "big") + data
+        self._send(preface + data)
+
+    def _send(self, data: bytes) -> None:
+        assert self.stream is not None
+        try:
+            if self.stream.write(data) < len(data):
+                self._fail("the system did not take 1 KB to send")
+        except OSError as error:
+            self._fail(f"connection lost: {error.strerror}")
+
+    # -- bytes in
+
+    def on_readable(self, _mask: int) -> None:
+        """Called by the loop."""
+        assert self.stream is not None
+        try:
+            data = self.stream.read(min(self.inbox.room, self.answer.room))
+        except OSError as error:
+            self._fail(self._explain_end("reset by the other side" if error.errno == errno.ECONNRESET else str(error.strerror)))
+            return
+        if data is None:
+            return
+        if data == b"":
+            self._fail(self._explain_end("closed by the other side"))
+            return
+        if self.step == "handshake":
+            self.inbox.append(data)
+            self._take_flight()
+        else:
+            self._take_answer(data)
+
+    def _take_flight(self) -> None:
+        head = self.inbox.peek(self.inbox.limit)
+        size = flight_size(head)
+        if size < 0:
+            self._fail(explain_stranger(head))
+        elif size and len(head) >= size:
+            if not is_flight_signed(head[:size], self.hello, self.link.secret):
+                self._fail(explain_stranger(head))
+            elif self.clock_s is not None:
+                self._end(Pong(self.dc, "", connect_s=self.times["connect"], handshake_s=time.monotonic() - self.began))
+            else:
+                self.inbox.take(size)
+                self.records = RecordReader()
+                self._next("answer")
+                self._ask(b"")
+                self._take_answer(self.inbox.take_all())
+
+    def _take_answer(self, data: bytes) -> None:
+        if self.records is not None:
+            data = b"".join(data[at:at + size] for at, size in self.records.spans(data, len(data)))
+            if self.records.failed or self.records.closed:
+                self._fail("handshake fine, but what follows is no stream of a proxy")
+                return
+        elif not len(self.answer) and data[:5] in (b"HTTP/", b"SSH-2", b"\x15\x03\x01\0\2", b"\x15\x03\x03\0\2"):
+            self._fail(explain_stranger(data))
+            return
+        self.answer.append(self.decrypt.update(data))
+        head = self.answer.peek(4)
+        size = int.from_bytes(head, "little") & 0x7FFFFFFF
+        if len(head) == 4 and not 4 <= size <= 1024:
+            self._fail("the answer makes no sense: probably a server that is no proxy, or the secret is wrong")
+        elif len(head) == 4 and len(self.answer) >= 4 + size:
+            self._judge(self.answer.peek(4 + size)[4:])
+
+    def _judge(self, frame: bytes) -> None:
+        if len(frame) >= 40 and frame[20:24] == _RES_PQ.to_bytes(4, "little") and frame[24:40] == self.nonce:
+            self._next("")
+            self._end(Pong(self.dc, "", "", self.times["connect"], self.times.get("handshake"), self.times["answer"]))
+        elif len(frame) < 20:                  # a transport error: one negative number, then padding
+            code = int.from_bytes(frame[:4], "little", signed=True)
+            self._fail(f"data centre {self.dc} refused with error {code}")
+        else:
+            self._fail("the answer belongs to no question of ours")
+
+    # -- the ways to end
+
+    def on_timeout(self) -> None:
+        """Called by the lane of steps."""
+        self._fail(self._explain_end(f"no answer in {_STEP_LIMIT_S:.0f} s"))
+
+    def on_crash(self) -> None:
+        """Our own error."""
+        self._fail("internal error")
+
+    def _explain_end(self, what: str) -> str:
+        if self.step == "handshake":
+            return f"{what} behind the ClientHello: a proxy would have answered; wrong port, wrong secret, or blocked on the way"
+        if self.link.mode == "ee":
+            return f"{what}; the handshake was fine, so the proxy does not reach data centre {self.dc}, or the user is at a limit"
+        return f"{what}: wrong secret or mode, or the proxy does not reach data centre {self.dc}"
+
+    def _fail(self, reason: str) -> None:
+        self._end(Pong(self.dc, self.step, reason, self.times.get("connect"), self.times.get("handshake")))
+
+    def _end(self, pong: Pong) -> None:
+        self.desk.steps.cancel(self)
+        if self.stream is not None:
+            self.stream.close()
+        done, self.done = self.done, _ignore
+        done(pong)
+
+
+def _ignore(_pong: Pong) -> None:
+    """After the end."""
+
+
+class PingRun:
+    """Attempts through one link, one after the other; report(Pong) for each, then done()."""
+
+    def __init__(self, desk: PingDesk, link: ProxyLink, dcs: Sequence[int], report: Callable[[Pong], None],
+                 done: Callable[[], None]) -> None:
+        self.desk, self.link, self.report, self.done = desk, link, report, done
+        self.waiting = list(dcs)
+        self.ips: list[str] = []
+
+    def start(self) -> None:
+        """Look the host up, then ask each data centre."""
+        if parse_ip(self.link.host) is not None:
+            self._on_resolved([self.link.host])
+        else:
+            resolve(self.desk.loop, self.link.host, self.link.port, self._on_resolved)
+
+    def _on_resolved(self, result: list[str] | Exception) -> None:
+        if isinstance(result, Exception) or not result:
+            why = getattr(result, "strerror", "") or str(result) or "no address"
+            self._leave(Pong(self.waiting[0], "resolve", f"{self.link.host}: {why}"))
+            return
+        self.ips = result
+        self._ask_next()
+
+    def _ask_next(self) -> None:
+        if not self.waiting:
+            self.done()
+            return
+        Attempt(self.desk, self.link, self.ips[0], self.waiting[0], self._on_pong)
+
+    def _on_pong(self, pong: Pong) -> None:
+        if pong.step == "connect" and len(self.ips) > 1:
+            del self.ips[0]                    # a name may have an address of a family that leads nowhere
+            self._ask_next()
+        elif pong.step == "handshake":
+            Attempt(self.desk, self.link, self.ips[0], pong.dc, functools.partial(self._on_verdict, pong), _SINCE_BOOT)
+        elif pong.step == "connect":
+            self._leave(pong)
+        else:
+            del self.waiting[0]
+            self.report(pong)
+            self._ask_next()
+
+    def _on_verdict(self, first: Pong, second: Pong) -> None:
+        """A hello with another clock was tried: accepted means that the secret is right."""
+        if not second.step:
+            first = first._replace(reason=f"the secret is right, but the clocks differ by more than 10 minutes: it is "
+                                          f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC here")
+        self._leave(first)
+
+    def _leave(self, pong: Pong) -> None:
+        """What failed would fail for every data centre."""
+        self.report(pong)
+        self.waiting.clear()
+        self.done()
+
+
+def explain_connect(error: RouteError) -> str:
+    """Why a connection was not made, and what it usually means."""
+    if error.code == errno.ECONNREFUSED:
+        return "port closed: nothing listens there, or a firewall refuses"
+    if error.code in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+        return f"no way there: {os.strerror(error.code)}"
+    if not error.code:
+        return "no answer: wrong address, a firewall, or blocked on the way"
+    return str(error)
+
+
+def explain_stranger(head: bytes) -> str:
+    """Who answered in place of a proxy, as far as its first bytes say."""
+    if head[:5] == b"SSH-2":
+        return "answered by an SSH server: wrong port"
+    if head[:5] == b"HTTP/" or head[:1] in (b"\x15", b"\x16"):
+        return "answered by a web server: the secret is wrong, the clocks differ, or it is no proxy"
+    return "the answer is not of a proxy: wrong port or secret"
+
+
+def flight_size(head: bytes) -> int:
+    """Bytes of the three records that answer a ClientHello; 0 = not all headers are here, -1 = something else."""
+    at = 0
+    for kind in (0x16, 0x14, 0x17):
+        if len(head) <= at:
+            return 0
+        if head[at] != kind:
+            return -1
+        if len(head) < at + RECORD_HEADER:
+            return 0
+        at += RECORD_HEADER + int.from_bytes(head[at + 3:at + 5], "big")
+    return at
+
+
+def is_flight_signed(flight: bytes, hello: bytes, secret: bytes) -> bool:
+    """True if `flight` answers `hello` and was signed with `secret` (client-protocol.md 6.4)."""
+    if len(flight) < 43:
+        return False
+    mac = KeyedHmac(secret).digest(hello[_RANDOM], without_random(flight))
+    return hmac.compare_digest(mac, flight[_RANDOM])
+
+
+def req_pq(nonce: bytes, now_wall: float) -> bytes:
+    """Return the unencrypted message that opens a key exchange, 40 bytes; nonce: 16 bytes."""
+    message_id = int(now_wall * 2**32) & ~3
+    return struct.pack("<QQII16s", 0, message_id, 20, _REQ_PQ_MULTI, nonce)
+
+
+PING_HEAD: Final = "  DC   connect handshake    answer     total"
+
+
+def draw_pong(pong: Pong) -> str:
+    """One row under PING_HEAD, and behind it, if it failed, a line that says where and why."""
+    def cell(seconds: float | None) -> str:
+        return f"{'-' if seconds is None else f'{seconds * 1000:.0f} ms':>10}"
+
+    row = f"{pong.dc:>4}{cell(pong.connect_s)}{cell(pong.handshake_s)}{cell(pong.answer_s)}"
+    return f"{row}{'failed':>10}\n      at {pong.step}: {pong.reason}" if pong.step else row + cell(pong.total_s)
+
+
+# == 23. cli =================================================================
 # Arguments, files, the log on stdout, process set-up, exit codes.
 # Source: config.md 5, 6 and 8 items 13-20; platform.md 4.
 
@@ -7828,9 +8256,90 @@ def main(words: Sequence[str]) -> int:
     if arguments.action == "version":
         say(f"telemt.py {VERSION} ({REFERENCE})")
         return 0
+    subcommand = SUBCOMMANDS.get(arguments.action)
+    if subcommand is not None:
+        return interruptible(subcommand, words[1:])
     complain(f"telemt.py: subcommand {arguments.action!r} is not part of this version; "
              f"a configuration file of that name is given as ./{arguments.action}")
     return 2
+
+
+# -- subcommands (config.md 6.5)
+
+def interruptible(subcommand: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
+    """Run a subcommand; ^C ends it with exit code 130 and nothing more on the screen."""
+    try:
+        return subcommand(words)
+    except KeyboardInterrupt:
+        return 130
+
+
+def make_parser(name: str, text: str) -> argparse.ArgumentParser:
+    """An empty parser; what it does not understand is a usage error, exit code 2."""
+    import argparse  # only a subcommand pays for it
+    return argparse.ArgumentParser(prog=f"telemt.py {name}", description=text, allow_abbrev=False)
+
+
+def ping(words: Sequence[str]) -> int:
+    """`ping LINK...`: 0 when every attempt was answered, else 1."""
+    parser = make_parser("ping", "A client through a proxy link to Telegram's data centres and back, with the time of each step.")
+    parser.add_argument("link", nargs="+", metavar="LINK", help="tg://proxy?... or https://t.me/proxy?...; quote it for the shell")
+    parser.add_argument("--dc", type=int, action="append", metavar="N", help="only this data centre; negative: media (default: 1 to 5)")
+    parser.add_argument("--count", type=int, default=1, metavar="N", help="so often each (default: 1)")
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
+    options = parser.parse_args(words)
+    dcs = options.dc or [1, 2, 3, 4, 5]
+    if not all(0 < abs(dc) < 32_768 for dc in dcs):
+        parser.error("--dc is a number of a data centre: 1 to 5, negative for media, 203 for the CDN")
+    if not 1 <= options.count <= 1000:
+        parser.error("--count is a number from 1 to 1000")
+    try:
+        links = [parse_proxy_link(text) for text in options.link]
+    except ConfigError as error:
+        parser.error(str(error))
+    results = [ping_one(link, dcs * options.count, not options.json) for link in links]
+    if options.json:
+        say(dump_pongs(links, results))
+    return int(any(pong.step for pongs in results for pong in pongs))
+
+
+def ping_one(link: ProxyLink, dcs: Sequence[int], aloud: bool) -> list[Pong]:
+    """Ping through one link; aloud: rows of a table as the answers come."""
+    loop = Loop(pick_poller("auto"), time.monotonic)
+    pongs: list[Pong] = []
+    if aloud:
+        say(f"{link.where} {link.mode} {link.domain}".rstrip())
+        say(PING_HEAD)
+
+    def report(pong: Pong) -> None:
+        pongs.append(pong)
+        if aloud:
+            say(draw_pong(pong))
+
+    desk = PingDesk.open(loop, pick_backend(os.environ.get("TELEMT_CRYPTO", "")))
+    run = PingRun(desk, link, dcs, report, loop.stop)
+    loop.defer(run.start)
+    loop.run()
+    return pongs
+
+
+def dump_pongs(links: Sequence[ProxyLink], results: Sequence[Sequence[Pong]]) -> str:
+    """JSON of all attempts; the secrets stay out of it."""
+    import json
+
+    def milliseconds(seconds: float | None) -> float | None:
+        return None if seconds is None else round(seconds * 1000, 3)
+
+    return json.dumps([{
+        "server": link.host, "port": link.port, "mode": link.mode, "domain": link.domain or None,
+        "ok": not any(pong.step for pong in pongs),
+        "attempts": [{"dc": pong.dc, "ok": not pong.step, "connect_ms": milliseconds(pong.connect_s),
+                      "handshake_ms": milliseconds(pong.handshake_s), "answer_ms": milliseconds(pong.answer_s),
+                      "failed_step": pong.step or None, "reason": pong.reason or None} for pong in pongs],
+    } for link, pongs in zip(links, results, strict=True)], indent=2, ensure_ascii=False)
+
+
+SUBCOMMANDS: Final[dict[str, Callable[[Sequence[str]], int]]] = {"ping": ping}
 
 
 # -- --init (config.md 6.2, 8 item 20)

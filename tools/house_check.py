@@ -75,7 +75,8 @@ class Policy:
 
 POLICIES: dict[str, Policy] = {
     "telemt.py": Policy(
-        lazy=HEAVY | {"json", "marshal", "queue", "subprocess", "telemt_api", "threading", "traceback"},  # a quiet proxy needs none
+        lazy=HEAVY | {"argparse", "json", "marshal", "queue", "subprocess", "telemt_api", "threading",
+                      "traceback"},              # a quiet proxy needs none
         catch_all={
             "pick_backend": "whatever a crypto library throws at us, the next one may work (platform.md 3)",
             "Loop.call": "one callback costs what it belongs to, never the loop",
