@@ -23,6 +23,7 @@ contents; tools/house_check.py keeps this map true.  Missing numbers are rooms o
   13  loop        io    <- 1               poller, timers, signals, helper threads
   14  streams     io    <- 1 3 7 13        sockets; Arena and flows: where bytes move
   15  upstreams   io    <- 1 2 10 13 14    data-centre addresses, connect cycles
+  17  masking     io    <- 1 2 8 13 14    strangers see the real site
   18  relay       io    <- 1 11 13 14      a session that has both its ends
   19  session     io    <- 1 2 4 6 7 10 11 13-15 18   from accept to a relay
   20  server      io    <- 1-3 10 11 13-15 18 19    listeners, places, sweep, reload, links, stop, the seam to telemt_api.py
@@ -5118,6 +5119,35 @@ class WorkerPool:
             task()
 
 
+# -- files
+
+def write_whole(path: str, text: str, *, replace: bool, mode: int = 0o600) -> None:
+    """Put a file of this text at `path`: all of it is there, or what was there before.  Raises OSError.
+
+    An empty configuration would start as an open proxy next time, so a full disk or a signal must not leave one.  An
+    existing file keeps its owner, and a symbolic link stays one.  Without `replace` a file that exists is an error.
+    """
+    path = os.path.realpath(path)
+    before = os.stat(path) if os.path.exists(path) else None
+    if before is not None and not (replace and stat.S_ISREG(before.st_mode)):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    draft = f"{path}.{os.getpid()}.new"
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        with open(fd, "w", encoding="utf-8") as file:
+            if before is not None:
+                with contextlib.suppress(OSError):             # not ours to give away
+                    os.fchown(fd, before.st_uid, before.st_gid)
+            os.fchmod(fd, mode)
+            file.write(text)
+            file.flush()
+            os.fsync(fd)
+        os.replace(draft, path)
+    except OSError:
+        os.unlink(draft)
+        raise
+
+
 log_loop: Final = Log("loop")
 
 
@@ -5153,6 +5183,7 @@ _QUEUED_MUCH: Final = 16 << 20                 # what slow sinks may hold before
 _CROWD: Final = 4                              # other ready sockets in a turn that make bulk modest
 AGAIN: Final = -1                              # Flow.run(): nothing to read now
 _LENGTH: Final = struct.Struct(">H")
+_LINGER_NOT: Final = struct.pack("ii", 1, 0)     # SO_LINGER 1, 0: close() sends RST
 _NO_SPLICE: Final = frozenset((errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP))     # not here, rather than not now
 
 
@@ -5300,6 +5331,13 @@ class Stream:
         """Half-close: no more bytes from us."""
         with contextlib.suppress(OSError):     # already gone: the reader will notice
             self.sock.shutdown(socket.SHUT_WR)
+
+    def reset(self) -> None:
+        """Close with RST: what the other side of a relay did is done to this one."""
+        if self.fd >= 0:
+            with contextlib.suppress(OSError):
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
+        self.close()
 
     def close(self) -> None:
         """Close at the end of the turn; may be called twice."""
@@ -5658,6 +5696,14 @@ class Dial:
         if self._stream is not None:
             self._stream.close()
 
+    def local_end(self) -> tuple[str, int] | None:
+        """Address that the connection comes from, while it is being made."""
+        with contextlib.suppress(OSError):
+            if self._stream is not None:
+                ip, port = self._stream.sock.getsockname()[:2]
+                return plain_ip(ip), port
+        return None
+
     def on_crash(self) -> None:
         """Our own error while connecting."""
         self._fail(errno.EIO)
@@ -5847,6 +5893,108 @@ def resolve(loop: Loop, host: str, port: int, done: Callable[[list[str] | Except
         return list(dict.fromkeys(str(row[4][0]) for row in rows))
 
     loop.offload(look_up, done)
+
+
+class Resolver:
+    """Host names to IP addresses: overrides, then what was found lately, then the system in a helper thread (client-protocol.md D19).
+
+    An answer is good for 60 s.  For ten minutes more it still serves, while a new one is asked for: a stranger must not feel
+    our name server.  An error is remembered for 5 s and does not replace an answer.  One question per name at a time.
+    """
+
+    __slots__ = ("loop", "overrides", "_known", "_waiting")
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.overrides: Mapping[tuple[str, int], object] = {}        # (lower-case host, port) -> IP, of network.dns_overrides
+        self._known: dict[str, tuple[float, list[str] | Exception]] = {}         # host -> good until, oldest first
+        self._waiting: dict[str, list[Callable[[list[str] | Exception], None]]] = {}
+
+    def lookup(self, host: str, port: int, done: Callable[[list[str] | Exception], None]) -> None:
+        """Call done(addresses in the order to try them, or the error): at once where the answer is known."""
+        host = host.lower()
+        override = self.overrides.get((host, port))
+        if override is not None:
+            done([str(override)])
+            return
+        with contextlib.suppress(ValueError):
+            done([str(ipaddress.ip_address(host.removeprefix("[").removesuffix("]")))])
+            return
+        until, found = self._known.get(host, (0.0, None))
+        fresh = self.loop.now < until
+        if found is not None and (fresh or (isinstance(found, list) and self.loop.now < until + _NAME_STALE_S)):
+            if not fresh:
+                self._ask(host, port)
+            done(found)
+            return
+        self._ask(host, port).append(done)
+
+    def _ask(self, host: str, port: int) -> list[Callable[[list[str] | Exception], None]]:
+        """Who waits for the answer about `host`; asks if nobody did yet."""
+        waiting = self._waiting.get(host)
+        if waiting is None:
+            waiting = self._waiting[host] = []
+            resolve(self.loop, host, port, functools.partial(self._on_answer, host))
+        return waiting
+
+    def _on_answer(self, host: str, result: list[str] | Exception) -> None:
+        known = self._known.pop(host, (0.0, None))[1]
+        failed = isinstance(result, Exception)
+        kept = known if failed and isinstance(known, list) else result
+        self._known[host] = self.loop.now + (_NAME_ERROR_S if failed else _NAME_GOOD_S), kept
+        if len(self._known) > _NAMES_MAX:
+            del self._known[next(iter(self._known))]
+        for done in self._waiting.pop(host, ()):
+            self.loop.call(done, kept)
+
+
+_NAME_GOOD_S: Final = 60.0
+_NAME_STALE_S: Final = 600.0
+_NAME_ERROR_S: Final = 5.0
+_NAMES_MAX: Final = 64                   # names come from the configuration only
+
+
+def bind_unix(path: str) -> socket.socket:
+    """Return a listening unix socket; a dead one at the path is removed, a live one is an address in use.  Raises OSError.
+
+    Only a socket is removed: whatever else lies there is somebody's file (config.md 8 item 18).
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISSOCK(os.lstat(path).st_mode):
+                if sock.connect_ex(path) != errno.ECONNREFUSED:      # EAGAIN: alive, and its backlog is full
+                    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+                os.unlink(path)
+        sock.bind(path)
+        sock.listen(1024)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def connect_unix(loop: Loop, path: str) -> Stream:
+    """Return a stream to a unix socket, connected.  Raises BlockingIOError while its backlog is full, or OSError."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.connect(path)
+    except OSError:
+        sock.close()
+        raise
+    return Stream(loop, sock)
+
+
+def is_local_ip(ip: str) -> bool:
+    """True for an address of this host."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind((ip, 0))
+    except OSError:
+        return False
+    return True
 
 
 def local_address_towards(ip: str) -> str | None:
@@ -6135,6 +6283,311 @@ class Cycle:
 
 
 log_upstreams: Final = Log("upstreams")
+
+
+# == 17. masking =============================================================
+# What a stranger meets: the real site.  Whoever is no client of ours is joined
+# to the mask host with the bytes that were read so far, and from then on sees
+# nothing of us: bytes, ends and resets go over as they come, by the same flows
+# that carry sessions.
+#
+#   ClientSession --stranger--> MaskDial --connected--> MaskRelay
+#                                  '------failed------> read and discard until the deadline
+#
+# Traps.  The mask host may be ourselves, behind a name, a forwarding rule or a
+# load balancer: a connection would then feed itself until nothing is left.
+# A limit on time or volume is a fingerprint; only silence ends a masked one.
+# Source: client-protocol.md 11, D7, D9, D19.
+
+MASK_CONNECT_S: Final = 5.0              # name, addresses, connecting: all together
+MASK_SILENCE_S: Final = 120.0            # no byte in either direction
+MASK_ENDING_S: Final = 30.0              # the same once one side has ended
+_MASK_RETRY_S: Final = 0.05              # the backlog of a unix socket was full
+_LAST_WORDS: Final = 16                  # reads of what a side said before it reset the connection
+
+
+class Masks:
+    """What all masked connections share: the way to the mask host, their number, the guard against loops."""
+
+    def __init__(self, loop: Loop, arena: Arena, resolver: Resolver, cap: int, ended: Callable[[MaskRelay], None]) -> None:
+        self.loop, self.arena, self.resolver = loop, arena, resolver
+        self.share = max(64, cap // 4)         # of the connection slots (client-protocol.md D2)
+        self.busy = 0                          # strangers that have, or are getting, a connection to the mask host
+        self.ended = ended
+        self.ends: set[Address] = set()        # local ends of our connections to the mask host
+        self.listeners: list[Address] = []     # addresses that lead to us
+        self.listen_path = ""                  # path that leads to us
+        self.dials: Lane[Dial] = loop.lane(MASK_CONNECT_S, Dial.on_timeout)
+        self.deadlines: Lane[MaskDial] = loop.lane(MASK_CONNECT_S, MaskDial.on_timeout)
+        self.silent: Lane[MaskRelay] = loop.lane(MASK_SILENCE_S, MaskRelay.on_silence)
+        self.ending: Lane[MaskRelay] = loop.lane(MASK_ENDING_S, MaskRelay.on_silence)
+        self._loop_seen = Throttle(60.0)
+
+    def enter(self) -> bool:
+        """Take one of the places for strangers; False = none left, the mask host counts as unreachable."""
+        if self.busy >= self.share:
+            return False
+        self.busy += 1
+        return True
+
+    def leave(self) -> None:
+        """Give the place back."""
+        self.busy -= 1
+
+    def refuse_ourselves(self, target: Address | str, ours: Address | None) -> None:
+        """Raise RouteError if `target` (an address, or the path of a unix socket) leads to us.
+
+        ours: local address of the connection that is to be masked.
+        """
+        if isinstance(target, str):
+            loops = bool(self.listen_path) and os.path.realpath(target) == os.path.realpath(self.listen_path)
+        else:
+            loops = target == ours or any(target == end or (end[1] == target[1] and end[0] in ("0.0.0.0", "::") and is_local_ip(target[0]))
+                                          for end in self.listeners)
+        if loops:
+            if self._loop_seen.ready():
+                log_masking.error("Mask target is this proxy", target=target if isinstance(target, str) else format_address(*target))
+            raise RouteError("Mask target is this proxy", hard=True)
+
+
+class MaskStream(Stream):
+    """A stream to the mask host; its local end is known as ours until it is closed."""
+
+    __slots__ = ("_masks", "_end")
+
+    def __init__(self, masks: Masks, stream: Stream, end: Address | None) -> None:
+        super().__init__(stream.loop, stream.sock)
+        self.mask = stream.mask                # as the dial left it in the poller
+        self._masks, self._end = masks, end
+
+    def close(self) -> None:
+        """Close at the end of the turn; may be called twice."""
+        super().close()
+        if self._end is not None:
+            self._masks.ends.discard(self._end)
+
+
+class MaskDial:
+    """One way to the mask host, direct, never through an upstream.  done(stream or RouteError) is called once, after this returned."""
+
+    __slots__ = ("_masks", "_cert", "_ours", "_done", "_ips", "_dial", "_end", "_timer")
+
+    def __init__(self, masks: Masks, cert: Censorship, ours: Address | None, done: Callable[[Stream | RouteError], None]) -> None:
+        self._masks, self._cert, self._ours = masks, cert, ours
+        self._done: Callable[[Stream | RouteError], None] | None = done
+        self._ips: list[str] = []
+        self._dial: Dial | None = None
+        self._end: Address | None = None       # local end of the current attempt
+        self._timer: Timer | None = None
+        masks.deadlines.arm(self)
+        if cert.mask_unix_sock:
+            self._connect_unix()
+        else:
+            masks.resolver.lookup(self._host, cert.mask_port, self._on_names)
+
+    @property
+    def _host(self) -> str:
+        return self._cert.mask_host or self._cert.tls_domain
+
+    def abort(self) -> None:
+        """Nobody waits any more."""
+        self._done = None
+        self._masks.deadlines.cancel(self)
+        self._drop_attempt()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def on_crash(self) -> None:
+        """Our own error while connecting."""
+        self._finish(RouteError("internal error"))
+
+    def on_timeout(self) -> None:
+        """Called by the lane: five seconds are over."""
+        log_masking.debug("Timeout connecting to mask %s", "unix socket" if self._cert.mask_unix_sock else "host", target=self._target())
+        self._finish(RouteError("timeout"))
+
+    def _target(self) -> str:
+        return self._cert.mask_unix_sock or f"{self._host}:{self._cert.mask_port}"
+
+    def _connect_unix(self) -> None:
+        masks, path = self._masks, self._cert.mask_unix_sock or ""
+        try:
+            masks.refuse_ourselves(path, self._ours)
+            stream = connect_unix(masks.loop, path)
+        except BlockingIOError:
+            self._timer = masks.loop.call_later(_MASK_RETRY_S, self._connect_unix)
+        except (OSError, RouteError) as error:
+            masks.loop.defer(functools.partial(self._fail, error))
+        else:
+            masks.loop.defer(functools.partial(self._finish, stream))
+
+    def _on_names(self, result: list[str] | Exception) -> None:
+        if self._done is None:
+            return
+        if isinstance(result, Exception):
+            self._masks.loop.defer(functools.partial(self._fail, result))
+            return
+        self._ips = list(result)
+        self._connect_next()
+
+    def _connect_next(self) -> None:
+        masks, ip, port = self._masks, self._ips.pop(0), self._cert.mask_port
+        try:
+            masks.refuse_ourselves((ip, port), self._ours)
+        except RouteError as error:
+            masks.loop.defer(functools.partial(self._fail, error))
+            return
+        self._dial = Dial(masks.loop, ip, port, masks.dials, self._on_dialled)
+        self._end = self._dial.local_end()
+        if self._end is not None:
+            masks.ends.add(self._end)
+
+    def _on_dialled(self, result: Stream | RouteError) -> None:
+        if isinstance(result, Stream):
+            end, self._dial, self._end = self._end, None, None
+            self._finish(MaskStream(self._masks, result, end))
+            return
+        self._drop_attempt()
+        if self._ips:
+            self._connect_next()
+        else:
+            self._fail(result)
+
+    def _drop_attempt(self) -> None:
+        if self._dial is not None:
+            self._dial.abort()
+        if self._end is not None:
+            self._masks.ends.discard(self._end)
+        self._dial = self._end = None
+
+    def _fail(self, error: Exception) -> None:
+        if self._done is not None:
+            log_masking.debug("Failed to connect to mask %s", "unix socket" if self._cert.mask_unix_sock else "host", target=self._target(),
+                              error=error)
+            self._finish(error if isinstance(error, RouteError) else RouteError(str(error)))
+
+    def _finish(self, result: Stream | RouteError) -> None:
+        done = self._done
+        self.abort()
+        if done is None:
+            if isinstance(result, Stream):
+                result.close()
+        else:                                  # through the loop: an error in there is its owner's, not ours
+            self._masks.loop.call(done, result)
+
+
+class MaskRelay:
+    """A stranger and the mask host, joined: owner of both streams until one of them has had enough."""
+
+    __slots__ = ("masks", "peer", "client", "mask", "up", "down", "last_at", "closed")
+
+    def __init__(self, masks: Masks, peer: str, client: Stream, mask: Stream) -> None:
+        self.masks, self.peer, self.client, self.mask = masks, peer, client, mask
+        self.up, self.down = CopyFlow(masks.arena, client, mask), CopyFlow(masks.arena, mask, client)
+        self.last_at = masks.loop.now          # last byte in either direction
+        self.closed = False
+
+    def start(self, opening: bytes, ended: bool) -> None:
+        """Send `opening` (a PROXY header where one is wanted, and all that the stranger said) and go.
+
+        ended: the stranger said nothing more after it.
+        """
+        self.client.watch(READ, self.on_client)
+        self.mask.watch(READ, self.on_mask)
+        self.masks.silent.arm(self)
+        try:
+            self.up.push(opening)
+            if ended:
+                self._pass_end(self.up, self.down)
+        except OSError as error:
+            self._lose(self.down, error)
+
+    # -- the two handlers
+
+    def on_client(self, mask: int) -> None:
+        """The stranger's socket is ready."""
+        self._serve(mask, self.client, self.up, self.down)
+
+    def on_mask(self, mask: int) -> None:
+        """The mask host's socket is ready."""
+        self._serve(mask, self.mask, self.down, self.up)
+
+    def _serve(self, mask: int, side: Stream, away: Flow, back: Flow) -> None:
+        """`side` is ready: `back` ends in it, `away` begins there."""
+        wanted = side.mask
+        try:
+            if wanted & WRITE and mask & ~READ:
+                before = back.sent
+                done = back.flush()
+                if back.sent > before:
+                    self.last_at = self.masks.loop.now
+                if done and back.finished and away.finished and not away.pending:
+                    self.close(None)
+            if wanted & READ and mask & ~WRITE and not self.closed:
+                size = away.run()
+                if size > 0:
+                    self.last_at = self.masks.loop.now
+                elif size == 0:
+                    self._pass_end(away, back)
+        except OSError as error:
+            self._lose(back, error)
+
+    def on_crash(self) -> None:
+        """Our own error in a handler: it cost this connection."""
+        self.close(InternalError("internal error"))
+
+    # -- the end
+
+    def _pass_end(self, away: Flow, back: Flow) -> None:
+        if back.finished and not back.pending and not away.pending:
+            self.close(None)
+            return
+        away.end()
+        self.last_at = self.masks.loop.now
+        self.masks.silent.cancel(self)
+        self.masks.ending.arm(self)
+
+    def _lose(self, back: Flow, error: OSError) -> None:
+        """One side is gone.  What it said before still goes over, then the other side sees a reset as well.
+
+        A server that refuses says why and resets: the reason must not be lost because writing to it failed first.
+        """
+        with contextlib.suppress(OSError):
+            for _ in range(_LAST_WORDS):
+                if back.pending or back.run() <= 0:
+                    break
+        self.client.reset()
+        self.mask.reset()
+        self.close(error)
+
+    def on_silence(self) -> None:
+        """Called by a lane: end it unless a byte moved meanwhile."""
+        if self.closed:
+            return
+        limit_s = MASK_ENDING_S if self.up.finished or self.down.finished else MASK_SILENCE_S
+        left_s = self.last_at + limit_s - self.masks.loop.now
+        if left_s > 0:
+            self.masks.loop.call_later(left_s, self.on_silence)
+        else:
+            self.close(None)
+
+    def close(self, error: Exception | None) -> None:
+        """Close both streams and give everything back; may be called twice."""
+        if self.closed:
+            return
+        self.closed = True
+        self.masks.silent.cancel(self)
+        self.masks.ending.cancel(self)
+        self.up.close()
+        self.down.close()
+        self.client.close()
+        self.mask.close()
+        self.masks.leave()
+        log_masking.debug("Masked connection ended", peer=self.peer, error=error)
+        self.masks.ended(self)
+
+
+log_masking: Final = Log("masking")
 
 
 # == 18. relay ===============================================================
@@ -7841,33 +8294,6 @@ def write_default_config(path: str) -> None:
     """Write a short commented configuration with a random secret, readable by its owner only.  Raises OSError."""
     port = 443 if hasattr(os, "geteuid") and os.geteuid() == 0 else 8443       # below 1024 needs root
     write_whole(path, _DEFAULT_CONFIG.format(port=port, domain="petrovich.ru", secret=os.urandom(16).hex()), replace=False)
-
-
-def write_whole(path: str, text: str, *, replace: bool, mode: int = 0o600) -> None:
-    """Put a file of this text at `path`: all of it is there, or what was there before.  Raises OSError.
-
-    An empty configuration would start as an open proxy next time, so a full disk or a signal must not leave one.  An
-    existing file keeps its owner, and a symbolic link stays one.  Without `replace` a file that exists is an error.
-    """
-    path = os.path.realpath(path)
-    before = os.stat(path) if os.path.exists(path) else None
-    if before is not None and not (replace and stat.S_ISREG(before.st_mode)):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
-    draft = f"{path}.{os.getpid()}.new"
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    try:
-        with open(fd, "w", encoding="utf-8") as file:
-            if before is not None:
-                with contextlib.suppress(OSError):             # not ours to give away
-                    os.fchown(fd, before.st_uid, before.st_gid)
-            os.fchmod(fd, mode)
-            file.write(text)
-            file.flush()
-            os.fsync(fd)
-        os.replace(draft, path)
-    except OSError:
-        os.unlink(draft)
-        raise
 
 
 # -- log

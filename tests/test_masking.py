@@ -1,0 +1,428 @@
+"""Room 17: the way to the mask host, and the relay that joins a stranger to it."""
+import errno
+import os
+import socket
+
+import pytest
+
+import telemt
+from telemt import MaskDial, MaskRelay, Masks, Resolver, RouteError, Stream
+from tests.cases import BACKEND, TestLoop, read_all, settings_of, tcp_pair
+
+
+class Hall:
+    """A loop, the masks on it, and what ended."""
+
+    def __init__(self, cap=10_000):
+        self.loop = TestLoop()
+        self.arena = telemt.Arena(BACKEND)
+        self.resolver = Resolver(self.loop)
+        self.ended = []
+        self.masks = Masks(self.loop, self.arena, self.resolver, cap, self.ended.append)
+        self.results = []
+
+    def dial(self, text, ours=None):
+        return MaskDial(self.masks, settings_of(f"[censorship]\n{text}").censorship, ours, self.arrive)
+
+    def arrive(self, result):
+        if isinstance(result, Stream):
+            result.want(0)                     # its owner's first duty: say what to wait for
+        self.results.append(result)
+
+    def relay(self, buffer=None):
+        """A running relay; returns (far end of the stranger, far end of the mask host, relay)."""
+        stranger, client = tcp_pair(buffer)
+        host, mask = tcp_pair(buffer)
+        self.masks.enter()
+        return stranger, host, MaskRelay(self.masks, "peer", Stream(self.loop, client), Stream(self.loop, mask))
+
+
+@pytest.fixture
+def hall():
+    hall = Hall()
+    yield hall
+    for result in hall.results:
+        if isinstance(result, Stream):
+            result.close()
+    hall.loop.settle()
+    assert set(hall.loop.handlers) == {hall.loop.mailbox.fd} == set(hall.loop.poller.masks)
+    assert not hall.masks.ends and hall.masks.busy == 0 and hall.arena.queued == 0
+    hall.loop.dispose()
+
+
+@pytest.fixture
+def server():
+    sock = socket.create_server(("127.0.0.1", 0))
+    sock.settimeout(5)
+    with sock:
+        yield sock
+
+
+def reset(sock):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    sock.close()
+
+
+# -- the way there
+
+
+def test_dial_reaches_a_tcp_host(hall, server):
+    ip, port = server.getsockname()
+    hall.dial(f'mask_host = "{ip}"\nmask_port = {port}')
+    assert not hall.results                    # never before the constructor has returned
+    hall.loop.settle()
+    near, address = server.accept()
+    (stream,) = hall.results
+    assert hall.masks.ends == {address}        # a connection from there would be our own
+    stream.write(b"hello")
+    assert near.recv(5) == b"hello"
+    stream.close()
+    assert not hall.masks.ends
+    near.close()
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_ipv6_literals_with_and_without_brackets(hall, host):
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+        hall.dial(f'mask_host = "{host}"\nmask_port = {server.getsockname()[1]}')
+        hall.loop.settle()
+    assert isinstance(hall.results[0], Stream)
+
+
+def test_every_address_is_tried_in_order(hall, server):
+    hall.resolver._known["site.example"] = (9e9, ["127.0.0.3", "127.0.0.2", "127.0.0.1"])
+    hall.dial(f'mask_host = "site.example"\nmask_port = {server.getsockname()[1]}')
+    hall.loop.settle()
+    server.accept()[0].close()
+    assert isinstance(hall.results[0], Stream)
+
+
+def test_overrides_apply_to_exactly_that_host_and_port(hall, server):
+    port = server.getsockname()[1]
+    hall.resolver.overrides = telemt.parse_dns_overrides([f"Site.Example:{port}:127.0.0.1"])
+    hall.dial(f'mask_host = "SITE.example"\nmask_port = {port}')
+    hall.loop.settle()
+    server.accept()[0].close()
+    assert isinstance(hall.results[0], Stream)
+
+
+def test_dial_reaches_a_unix_socket(hall, tmp_path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "site"))
+        server.listen(1)
+        hall.dial(f'mask_unix_sock = "{tmp_path}/site"')
+        assert not hall.results
+        hall.loop.settle()
+    assert isinstance(hall.results[0], Stream)
+
+
+def test_full_backlog_of_a_unix_socket_is_waited_for(hall, tmp_path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "site"))
+        server.listen(0)
+        for _ in range(2):
+            hall.dial(f'mask_unix_sock = "{tmp_path}/site"')
+        hall.loop.settle()
+        assert len(hall.results) == 1
+        server.accept()[0].close()
+        hall.loop.turn(0.1)
+        hall.loop.settle()
+    assert [type(result) for result in hall.results] == [Stream, Stream]
+
+
+@pytest.mark.parametrize("text", ['mask_unix_sock = "/nowhere/site"', 'mask_host = "127.0.0.1"\nmask_port = 9'])
+def test_unreachable(hall, text):
+    hall.dial(text)
+    hall.loop.settle()
+    assert isinstance(hall.results[0], RouteError)
+
+
+def test_names_are_looked_up_by_the_system_in_a_helper_thread(hall, monkeypatch):
+    asked = []
+    monkeypatch.setattr(telemt, "resolve", lambda loop, host, port, done: asked.append((host, port, done)))
+    dials = [hall.dial('mask_host = "nowhere.example"') for _ in range(2)]
+    hall.loop.turn(4)
+    assert not hall.results and len(asked) == 1
+    dials[0].abort()
+    asked[0][2](OSError(errno.EAGAIN, "no name server"))
+    hall.loop.settle()
+    assert len(hall.results) == 1 and isinstance(hall.results[0], RouteError)
+
+
+def test_five_seconds_are_enough_for_all_of_it(hall, monkeypatch):
+    monkeypatch.setattr(telemt, "resolve", lambda loop, host, port, done: None)
+    hall.dial('mask_host = "nowhere.example"')
+    hall.loop.turn(4.9)
+    assert not hall.results
+    hall.loop.turn(0.2)
+    assert str(hall.results[0]) == "timeout"
+
+
+def test_abort_leaves_nothing(hall, server):
+    dial = hall.dial(f'mask_host = "127.0.0.1"\nmask_port = {server.getsockname()[1]}')
+    dial.abort()
+    dial.abort()
+    hall.loop.settle()
+    assert not hall.results
+
+
+# -- not to ourselves
+
+
+@pytest.mark.parametrize(("listeners", "ours", "loops"), [
+    ([], None, False), ([("127.0.0.1", 1)], None, False), ([], ("127.0.0.1", 0), True), ([], ("10.9.8.7", 0), False),
+    ([("127.0.0.1", 0)], None, True), ([("0.0.0.0", 0)], None, True), ([("::", 0)], None, True), ([("0.0.0.0", 1)], None, False),
+])
+def test_a_target_that_leads_to_us_is_refused(hall, server, listeners, ours, loops):
+    port = server.getsockname()[1]             # stands for 0 in the table
+
+    def put(end):
+        return end and (end[0], end[1] or port)
+
+    hall.masks.listeners = [put(end) for end in listeners]
+    hall.dial(f'mask_host = "127.0.0.1"\nmask_port = {port}', put(ours))
+    hall.loop.settle()
+    assert isinstance(hall.results[0], RouteError) is loops
+
+
+def test_a_wildcard_listener_does_not_own_foreign_addresses(hall):
+    hall.masks.listeners = [("0.0.0.0", 443)]
+    hall.masks.refuse_ourselves(("192.0.2.1", 443), None)
+    with pytest.raises(RouteError):
+        hall.masks.refuse_ourselves(("127.0.0.9", 443), None)
+
+
+def test_our_own_unix_socket_is_refused_under_any_name(hall, tmp_path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "site"))
+        server.listen(1)
+        os.symlink(tmp_path / "site", tmp_path / "alias")
+        hall.masks.listen_path = str(tmp_path / "site")
+        hall.dial(f'mask_unix_sock = "{tmp_path}/alias"')
+        hall.loop.settle()
+    assert str(hall.results[0]) == "Mask target is this proxy"
+
+
+def test_share_of_the_slots(hall):
+    hall.masks.share = 2
+    assert [hall.masks.enter() for _ in range(3)] == [True, True, False]
+    hall.masks.leave()
+    assert hall.masks.enter()
+    for _ in range(2):
+        hall.masks.leave()
+    assert (Hall(cap=1000).masks.share, Hall(cap=64).masks.share) == (250, 64)
+
+
+# -- names
+
+
+@pytest.fixture
+def names(monkeypatch):
+    """A resolver whose questions the test answers: names.asked holds (host, done)."""
+    loop = TestLoop()
+    resolver = Resolver(loop)
+    asked = []
+    monkeypatch.setattr(telemt, "resolve", lambda loop, host, port, done: asked.append((host, done)))
+
+    class Names:
+        def __init__(self):
+            self.loop, self.resolver, self.asked = loop, resolver, asked
+
+        def look(self, host="site.example"):
+            got = []
+            resolver.lookup(host, 443, got.append)
+            return got
+
+    yield Names()
+    loop.dispose()
+
+
+def test_an_answer_serves_everybody_who_waits_and_a_minute_after(names):
+    waiting = [names.look(), names.look("SITE.example")]
+    assert waiting == [[], []] and len(names.asked) == 1
+    names.asked[0][1](["192.0.2.1"])
+    assert waiting == [[["192.0.2.1"]]] * 2
+    names.loop.turn(59)
+    assert names.look() == [["192.0.2.1"]] and len(names.asked) == 1
+
+
+def test_an_old_answer_serves_while_a_new_one_is_asked_for(names):
+    names.look()
+    names.asked.pop()[1](["192.0.2.1"])
+    names.loop.turn(61)
+    assert names.look() == names.look() == [["192.0.2.1"]] and len(names.asked) == 1
+    names.asked.pop()[1](["192.0.2.2"])
+    assert names.look() == [["192.0.2.2"]]
+    names.loop.turn(700)
+    assert names.look() == [] and len(names.asked) == 1
+
+
+def test_an_error_is_remembered_for_five_seconds_and_replaces_no_answer(names):
+    got = names.look()
+    names.asked.pop()[1](OSError("no"))
+    assert isinstance(got[0], OSError) and isinstance(names.look()[0], OSError) and not names.asked
+    names.loop.turn(6)
+    names.look()
+    names.asked.pop()[1](["192.0.2.1"])
+    names.loop.turn(61)
+    names.look()
+    names.asked.pop()[1](OSError("no"))
+    assert names.look() == [["192.0.2.1"]] and not names.asked
+    names.loop.turn(6)
+    assert names.look() == [["192.0.2.1"]] and len(names.asked) == 1
+
+
+def test_the_cache_is_bounded(names):
+    for n in range(100):
+        names.look(f"site{n}.example")
+        names.asked.pop()[1](["192.0.2.1"])
+    assert len(names.resolver._known) <= 64 and not names.resolver._waiting
+
+
+# -- joined
+
+
+def test_bytes_and_ends_go_over_both_ways(hall):
+    stranger, host, relay = hall.relay()
+    relay.start(b"what was read already", False)
+    stranger.sendall(b" and more")
+    hall.loop.settle()
+    assert read_all(host) == (b"what was read already and more", False)
+    host.sendall(b"answer")
+    stranger.shutdown(socket.SHUT_WR)
+    hall.loop.settle()
+    assert read_all(stranger) == (b"answer", False) and read_all(host) == (b"", True)
+    host.sendall(b"last")
+    host.close()
+    hall.loop.settle()
+    assert read_all(stranger) == (b"last", True) and hall.ended == [relay]
+    stranger.close()
+
+
+def test_an_end_that_came_before_is_passed_on(hall):
+    stranger, host, relay = hall.relay()
+    relay.start(b"GET", True)
+    hall.loop.settle()
+    assert read_all(host) == (b"GET", True)
+    host.sendall(b"400")
+    host.close()
+    hall.loop.settle()
+    assert read_all(stranger) == (b"400", True)
+    stranger.close()
+
+
+@pytest.mark.parametrize("who", ["stranger", "host"])
+def test_a_reset_is_passed_on(hall, who):
+    stranger, host, relay = hall.relay()
+    relay.start(b"x", False)
+    hall.loop.settle()
+    read_all(host)
+    first, other = (stranger, host) if who == "stranger" else (host, stranger)
+    reset(first)
+    hall.loop.settle()
+    with pytest.raises(ConnectionResetError):
+        other.recv(1)
+    assert hall.ended == [relay]
+    other.close()
+
+
+def test_what_a_host_says_before_it_resets_arrives(hall):
+    """The 400 of a web server that does not want the rest of the request."""
+    stranger, host, relay = hall.relay()
+    relay.start(b"x", False)
+    hall.loop.settle()
+    host.sendall(b"400 Bad Request")           # and closes with bytes unread: a reset
+    stranger.sendall(b"y" * 1000)
+    host.close()
+    hall.loop.settle()
+    assert stranger.recv(100) == b"400 Bad Request"
+    with pytest.raises(ConnectionResetError):
+        stranger.recv(1)
+    stranger.close()
+
+
+def test_a_slow_side_stops_the_other(hall):
+    stranger, host, relay = hall.relay(buffer=4096)
+    relay.start(b"", False)
+    sent = 0
+    for _ in range(3000):
+        try:
+            sent += host.send(bytes(4096))
+        except BlockingIOError:
+            pass
+        hall.loop.turn()
+    assert hall.arena.queued <= 65_536 and relay.mask.mask & telemt.READ == 0
+    got = 0
+    while got < sent:
+        got += len(read_all(stranger)[0])
+        hall.loop.turn()
+    assert got == sent
+    relay.close(None)
+    stranger.close()
+    host.close()
+
+
+def test_bulk_is_whole(hall, rng):
+    stranger, host, relay = hall.relay()
+    relay.start(b"", False)
+    data, got, at = rng.randbytes(8 << 20), bytearray(), 0
+    while len(got) < len(data):
+        try:
+            at += host.send(data[at:at + (1 << 20)]) if at < len(data) else 0
+        except BlockingIOError:
+            pass
+        hall.loop.turn()
+        got += read_all(stranger)[0]
+    assert got == data
+    host.close()
+    stranger.close()
+    hall.loop.settle()
+
+
+def test_silence_ends_it_after_two_minutes_and_half_a_minute_after_an_end(hall):
+    stranger, host, relay = hall.relay()
+    relay.start(b"", False)
+    hall.loop.turn(100)
+    stranger.sendall(b"x")
+    hall.loop.settle()
+    hall.loop.turn(119)
+    assert not relay.closed
+    hall.loop.turn(2)
+    assert relay.closed and read_all(stranger) == (b"", True)
+    stranger.close()
+    host.close()
+    stranger, host, relay = hall.relay()
+    relay.start(b"", False)
+    stranger.shutdown(socket.SHUT_WR)
+    hall.loop.settle()
+    hall.loop.turn(29)
+    host.sendall(b"x")
+    hall.loop.settle()
+    hall.loop.turn(29)
+    assert not relay.closed
+    hall.loop.turn(2)
+    assert relay.closed
+    stranger.close()
+    host.close()
+
+
+def test_no_limit_on_duration(hall):
+    stranger, host, relay = hall.relay()
+    relay.start(b"", False)
+    for _ in range(60):
+        hall.loop.turn(100)
+        host.sendall(b".")
+        hall.loop.settle()
+    assert not relay.closed and len(hall.loop._timers) < 5
+    relay.close(None)
+    stranger.close()
+    host.close()
+
+
+def test_our_own_error_costs_this_connection(hall):
+    stranger, host, relay = hall.relay()
+    relay.start(b"", False)
+    relay.on_crash()
+    assert hall.ended == [relay] and hall.masks.busy == 0
+    stranger.close()
+    host.close()
