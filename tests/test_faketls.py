@@ -131,13 +131,23 @@ def test_fake_alert_looks_like_an_encrypted_alert():
     assert alert[:5] == b"\x17\x03\x03\x00\x13" and len(alert) == 24
 
 
+@pytest.mark.parametrize("record", [b"\x17\x03\x03\0\0", b"\x14\x03\x03\0\1\1", b"\x17\x03\x03\0\1x", b"\x17\x03\x01\0\2xy"], ids=bytes.hex)
+def test_no_more_than_a_thousand_records_at_once(record):
+    """Found from outside: a megabyte of empty records was walked in one go."""
+    reader, wire = RecordReader(), record * 3000
+    content = b"x" if b"x" in record else b""
+    spans = reader.spans(wire, len(wire))
+    assert reader.seen == 1024 * len(record) and len(spans) == 1024 * (content != b"")
+    assert RecordReader().payload(wire + b"\x15") == record[5:] * 3000 * (content != b"")
+
+
 def payload(wire, cuts=()):
     """(data, end, cut short?) of a record stream fed in pieces cut at `cuts`."""
     reader, data = RecordReader(), b""
     points = [0, *sorted(cuts), len(wire)]
     for start, stop in zip(points, points[1:], strict=False):
         piece = wire[start:stop]
-        data += b"".join(piece[at:at + size] for at, size in reader.spans(piece, len(piece)))
+        data += reader.payload(piece)
     if reader.failed:
         assert reader.failed.reason is Reason.BAD_RECORD
         return data, "error", False

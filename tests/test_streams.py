@@ -61,7 +61,7 @@ class Bench:
                 except BlockingIOError:
                     progress = 0
                 view = view[progress:]
-            progress += self.loop.turn()
+            progress += self.loop.turn() + (getattr(self.flow, "_aside", None) is not None)
             piece, self.ended = read_all(self.near)
             out += piece
             idle = 0 if progress or piece else idle + 1
@@ -182,6 +182,41 @@ def test_unwrap_decrypts_and_re_encrypts(loop, size, biggest):
                                                                (BACKEND.ctr(KEY, IV), BACKEND.ctr(KEY[::-1], IV))))
     out = bench.pump(wrap(BACKEND.ctr(KEY, IV).update(data), biggest=biggest))
     assert BACKEND.ctr(KEY[::-1], IV).update(out) == data and bench.read == size
+    bench.dispose()
+
+
+@pytest.mark.parametrize("buffer", [None, 4096], ids=["fast-sink", "slow-sink"])
+@pytest.mark.parametrize("record", ["empty", "ccs", "one-byte"])
+def test_a_flood_of_records_is_looked_at_in_portions(loop, record, buffer):
+    """Found from outside: a client that sent a megabyte of empty records held up everybody for 0.1 to 0.4 s."""
+    bench = Bench(loop, lambda arena, source, sink: UnwrapFlow(arena, source, sink, RecordReader(),
+                                                               (BACKEND.ctr(KEY, IV), BACKEND.ctr(KEY, IV))), buffer=buffer)
+    bench.source.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+    data = random.Random(1).randbytes(150_000)
+    wire = {"empty": b"\x17\x03\x03\0\0" * 200_000, "ccs": b"\x14\x03\x03\0\1\1" * 170_000,
+            "one-byte": b"".join(b"\x17\x03\x03\0\1" + data[at:at + 1] for at in range(len(data)))}[record]
+    counts, spans = [], RecordReader.spans
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecordReader, "spans", lambda self, data, size: counts.append(size) or spans(self, data, size))
+        bench.flow.level = 3
+        start = b"\x17\x03\x03\0\1" + b"<"
+        out = bench.pump(start + wire + b"\x17\x03\x03\0\1>")
+    assert out == b"<" + (data if record == "one-byte" else b"") + b">"
+    assert len(counts) >= len(wire) / 6 / 1024 and counts[0] <= telemt.QUANTA[3]
+    assert bench.flow._aside is None and bench.arena.queued == 0
+    bench.dispose()
+
+
+def test_what_was_set_aside_goes_with_the_flow(loop):
+    bench = unwrapper(loop)
+    bench.far.sendall(b"\x14\x03\x03\0\1\1" * 20_000)
+    bench.flow.level = 3
+    assert bench.flow.run() == AGAIN and bench.arena.queued > 60_000 and bench.flow.level == 0
+    loop.turn()
+    assert bench.runs == [AGAIN], "once more at the end of the turn, although nothing arrived"
+    bench.flow.close()
+    assert bench.arena.queued == 0
+    loop.turn()
     bench.dispose()
 
 

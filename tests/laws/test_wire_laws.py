@@ -23,7 +23,7 @@ def feed(wire, cuts):
     points = [0, *sorted(set(cuts)), len(wire)]
     for start, stop in zip(points, points[1:], strict=False):
         piece = wire[start:stop]
-        payload += b"".join(piece[at:at + size] for at, size in reader.spans(piece, len(piece)))
+        payload += reader.payload(piece)
     assert reader.failed is None or reader.failed.reason is Reason.BAD_RECORD
     ended = reader.closed or reader.failed is not None
     return payload, str(reader.failed or "") or None, reader.closed, reader.mid_record or ended
