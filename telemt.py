@@ -3266,7 +3266,7 @@ class RecordReader:
         (BAD_RECORD), an alert sets `closed`: what stands before it is still returned, what follows is ignored.
         """
         self.seen = size
-        whole = not (self._left or self._head or self.closed or self.failed)
+        whole = self._between()
         if whole and size > RECORD_HEADER:
             kind, version, length = _HEADER.unpack_from(data)
             if kind == 0x17 and version == 0x0303 and length == size - RECORD_HEADER and length <= RECORD_IN_MAX:
@@ -3285,10 +3285,14 @@ class RecordReader:
             if at >= size or self.closed or self.failed:
                 break
             at = self._step(data, at, size, found)
-            whole = not (self._left or self._head or self.closed or self.failed)
+            whole = self._between()
         if at < size and not self.closed and not self.failed:
             self.seen = at
         return found
+
+    def _between(self) -> bool:
+        """True where a header is to be expected, the whole of it."""
+        return not (self._left or self._head or self.closed or self.failed)
 
     def payload(self, data: bytes) -> bytes:
         """Return all payload of `data`, however many records that is: for the little that a handshake reads at once."""
