@@ -4177,36 +4177,43 @@ def builtin_list(family: int) -> ProxyList:
 
 DURATION_BOUNDS_MS: Final = (100, 500, 1000)
 LEVELS: Final = ("silent", "normal", "debug")      # general.telemetry.me_level, by how much is counted
-# Totals about the middle end, in the order of the API.  `!` marks class D: counted at level debug only.
-ME_TOTALS: Final = """
-    keepalive_sent_total! keepalive_failed_total keepalive_pong_total! keepalive_timeout_total rpc_proxy_req_signal_sent_total
-    rpc_proxy_req_signal_failed_total rpc_proxy_req_signal_skipped_no_meta_total rpc_proxy_req_signal_response_total
-    rpc_proxy_req_signal_close_sent_total reconnect_attempt_total reconnect_success_total handshake_reject_total reader_eof_total
-    idle_close_by_peer_total route_drop_no_conn_total route_drop_channel_closed_total route_drop_queue_full_total
-    route_drop_queue_full_base_total route_drop_queue_full_high_total socks_kdf_strict_reject_total
-    socks_kdf_compat_fallback_total! endpoint_quarantine_total kdf_drift_total kdf_port_only_drift_total!
-    hardswap_pending_reuse_total! hardswap_pending_ttl_expired_total single_endpoint_outage_enter_total
-    single_endpoint_outage_exit_total single_endpoint_outage_reconnect_attempt_total single_endpoint_outage_reconnect_success_total
-    single_endpoint_quarantine_bypass_total single_endpoint_shadow_rotate_total
-    single_endpoint_shadow_rotate_skipped_quarantine_total floor_mode_switch_total floor_mode_switch_static_to_adaptive_total
-    floor_mode_switch_adaptive_to_static_total
-    pool_swap_total pool_force_close_total pool_stale_pick_total writer_removed_total! writer_removed_unexpected_total
-    refill_triggered_total! refill_skipped_inflight_total! refill_failed_total writer_restored_same_endpoint_total
-    writer_restored_fallback_total
-    secure_padding_invalid_total desync_total desync_full_logged_total desync_suppressed_total desync_frames_bucket_0
-    desync_frames_bucket_1_2 desync_frames_bucket_3_10 desync_frames_bucket_gt_10
-    crc_mismatch_total seq_mismatch_total fallback_sessions_total"""
+# Totals about the middle end by section of the API, in its order; the last section is for the metrics only.
+# `!` marks class D: counted at level debug only.
+ME_TOTALS: Final = {
+    "middle_proxy": """
+        keepalive_sent_total! keepalive_failed_total keepalive_pong_total! keepalive_timeout_total rpc_proxy_req_signal_sent_total
+        rpc_proxy_req_signal_failed_total rpc_proxy_req_signal_skipped_no_meta_total rpc_proxy_req_signal_response_total
+        rpc_proxy_req_signal_close_sent_total reconnect_attempt_total reconnect_success_total handshake_reject_total
+        reader_eof_total idle_close_by_peer_total route_drop_no_conn_total route_drop_channel_closed_total
+        route_drop_queue_full_total route_drop_queue_full_base_total route_drop_queue_full_high_total
+        socks_kdf_strict_reject_total socks_kdf_compat_fallback_total! endpoint_quarantine_total kdf_drift_total
+        kdf_port_only_drift_total! hardswap_pending_reuse_total! hardswap_pending_ttl_expired_total
+        single_endpoint_outage_enter_total single_endpoint_outage_exit_total single_endpoint_outage_reconnect_attempt_total
+        single_endpoint_outage_reconnect_success_total single_endpoint_quarantine_bypass_total
+        single_endpoint_shadow_rotate_total single_endpoint_shadow_rotate_skipped_quarantine_total floor_mode_switch_total
+        floor_mode_switch_static_to_adaptive_total floor_mode_switch_adaptive_to_static_total""",
+    "pool": """
+        pool_swap_total pool_force_close_total pool_stale_pick_total writer_removed_total! writer_removed_unexpected_total
+        refill_triggered_total! refill_skipped_inflight_total! refill_failed_total writer_restored_same_endpoint_total
+        writer_restored_fallback_total""",
+    "desync": """
+        secure_padding_invalid_total desync_total desync_full_logged_total desync_suppressed_total desync_frames_bucket_0
+        desync_frames_bucket_1_2 desync_frames_bucket_3_10 desync_frames_bucket_gt_10""",
+    "": "crc_mismatch_total seq_mismatch_total fallback_sessions_total",
+}
 
 
 class MeCounters:
     """Totals of classes N and D, by the names of ME_TOTALS (`general.telemetry.me_level`)."""
 
-    __slots__ = ("level", "totals", "error_codes", "draining", "_needs")
+    __slots__ = ("level", "totals", "sections", "error_codes", "draining", "_needs")
 
     def __init__(self) -> None:
         self.level = LEVELS.index("normal")
-        self._needs = {name.rstrip("!"): 2 if name.endswith("!") else 1 for name in ME_TOTALS.split()}
+        words = {section: text.split() for section, text in ME_TOTALS.items()}
+        self._needs = {word.rstrip("!"): 2 if word.endswith("!") else 1 for section in words.values() for word in section}
         self.totals = dict.fromkeys(self._needs, 0)
+        self.sections = {section: [word.rstrip("!") for word in names] for section, names in words.items()}
         self.error_codes: dict[int, int] = {}      # code of a refused RPC handshake -> how often
         self.draining = 0                          # writers that drain now: kept true always, shown at level debug
 

@@ -6,19 +6,39 @@ that no HTTP client, slow or hostile, holds up a session.  telemt.py runs as `__
 second time, so its names appear in annotations only.
 
    1  envelope    pure  <- -               answers: ApiError, JSON out and in, revision and If-Match; ControlPort
+   2  views       pure  <- -               what the data plane knows -> `data` of an answer
+   3  metrics     pure  <- 2               the Prometheus page
    9  service     io    <- 1               start and stop
   10  qr          pure  <- -               a link as a QR code
 """
 from __future__ import annotations
 
+import datetime
+import heapq
+import ipaddress
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
-    from telemt import Counters, Link, Loaded, Log, Settings, Sources, User
+    from telemt import (
+        Access,
+        Api,
+        Counters,
+        General,
+        Link,
+        Loaded,
+        Log,
+        MeCounters,
+        PoolSnapshot,
+        RouteSnapshot,
+        Settings,
+        Sources,
+        Telemetry,
+        User,
+    )
 
 _T = TypeVar("_T")
 
@@ -183,6 +203,625 @@ class ControlPort(Protocol):
 
     def links(self, name: str) -> list[Link]:
         """Links of a user in the order of api.md 10; empty for an unknown user or without any host."""
+
+
+# == 2. views ================================================================
+# One function per resource: plain values in, the `data` of an answer out.  The
+# order of the members is the order of the answers (api.md 8).  Two kinds of
+# optional: what is `omitted` is never null, what is nullable is never omitted.
+# A data plane that has no pool, or does not answer in time, gives None here.
+# Source: api.md 9, 10, 15.
+
+JsonObject: TypeAlias = "dict[str, Any]"
+FEATURE_DISABLED: Final = "feature_disabled"
+SOURCE_UNAVAILABLE: Final = "source_unavailable"
+RECENT_S: Final = 30                     # window of the recent addresses
+_BUCKETS_MS: Final = ("le_100ms", "101_500ms", "501_1000ms", "gt_1000ms")
+_BUCKETS_ATTEMPTS: Final = ("1", "2", "3_4", "gt_4")
+_NO_SUMMARY: Final = {"configured_dc_groups": 0, "configured_endpoints": 0, "available_endpoints": 0, "available_pct": 0.0,
+                      "required_writers": 0, "alive_writers": 0, "coverage_pct": 0.0}
+
+
+def percent(part: int, total: int) -> float:
+    """Share of `part` in 0.0 to 100.0; of nothing it is 0.0."""
+    return 0.0 if total == 0 else min(100.0, part / total * 100)
+
+
+def view_head(counters: Counters, uptime_s: float, users: int) -> JsonObject:
+    """What summary and core begin with."""
+    return {"uptime_seconds": float(uptime_s), "connections_total": counters.connections_total,
+            "connections_bad_total": counters.connections_bad_total,
+            "handshake_timeouts_total": counters.handshake_timeouts_total, "configured_users": users}
+
+
+def view_refusals(counters: Counters) -> JsonObject:
+    """Why connections ended before they were accepted, by word (metrics.md 4.1)."""
+    bad = sorted((reason.value, total) for reason, total in counters.bad_by_class.copy().items())
+    failed = sorted((reason.value, total) for reason, total in counters.failures_by_class.copy().items())
+    stages = sorted(counters.failures_by_stage.items())
+    return {"connections_bad_by_class": [{"class": word, "total": total} for word, total in bad if total],
+            "handshake_failures_by_class": [{"class": word, "total": total} for word, total in failed if total],
+            "handshake_failures_by_stage": [{"stage": word, "total": total} for word, total in stages if total]}
+
+
+def view_upstream_totals(counters: Counters) -> JsonObject:
+    """The sixteen totals of connect requests."""
+    found: JsonObject = {"connect_attempt_total": counters.connect_attempt_total, "connect_success_total": counters.connect_success_total,
+                         "connect_fail_total": counters.connect_fail_total,
+                         "connect_failfast_hard_error_total": counters.connect_failfast_hard_error_total}
+    found.update(zip((f"connect_attempts_bucket_{word}" for word in _BUCKETS_ATTEMPTS), counters.connect_attempts, strict=True))
+    found.update(zip((f"connect_duration_success_bucket_{word}" for word in _BUCKETS_MS), counters.connect_success_ms, strict=True))
+    found.update(zip((f"connect_duration_fail_bucket_{word}" for word in _BUCKETS_MS), counters.connect_fail_ms, strict=True))
+    return found
+
+
+def view_middle_totals(me: MeCounters) -> dict[str, JsonObject]:
+    """The sections middle_proxy, pool and desync of zero/all."""
+    found: dict[str, JsonObject] = {name: {word: me.totals[word] for word in words} for name, words in me.sections.items() if name}
+    codes = [{"code": code, "total": total} for code, total in sorted(me.error_codes.items())]
+    found["middle_proxy"] = insert_after(found["middle_proxy"], "handshake_reject_total", "handshake_error_codes", codes)
+    found["pool"] = insert_after(found["pool"], "pool_swap_total", "pool_drain_active", drain_active(me))
+    return found
+
+
+def drain_active(me: MeCounters) -> int:
+    """The gauge of draining writers: class D, so it reads 0 below level debug."""
+    return me.draining if me.level >= 2 else 0
+
+
+def insert_after(members: JsonObject, name: str, new: str, value: object) -> JsonObject:
+    """`members` with one more behind `name`."""
+    found: JsonObject = {}
+    for key, old in members.items():
+        found[key] = old
+        if key == name:
+            found[new] = value
+    return found
+
+
+def view_zero_all(counters: Counters, telemetry: Telemetry, uptime_s: float, users: int, now_s: int) -> JsonObject:
+    """Every counter (9.3)."""
+    core = view_head(counters, uptime_s, users)
+    core |= {"telemetry_core_enabled": telemetry.core_enabled, "telemetry_user_enabled": telemetry.user_enabled,
+             "telemetry_me_level": telemetry.me_level}
+    return {"generated_at_epoch_secs": now_s, "core": core | view_refusals(counters), "upstream": view_upstream_totals(counters),
+            **view_middle_totals(counters.me)}
+
+
+# -- upstreams and pool (9.4-9.7)
+
+def view_upstream_summary(rows: Sequence[JsonObject]) -> JsonObject:
+    """How many upstreams of which kind are well."""
+    healthy = sum(row["healthy"] for row in rows)
+    kinds = [row["route_kind"] for row in rows]
+    return {"configured_total": len(rows), "healthy_total": healthy, "unhealthy_total": len(rows) - healthy,
+            **{f"{kind}_total": kinds.count(kind) for kind in ("direct", "socks4", "socks5")}}
+
+
+def view_upstreams(counters: Counters, rows: Sequence[JsonObject] | None, reason: str, now_s: int) -> JsonObject:
+    """stats/upstreams; reason: why there are no rows, empty if there are."""
+    found: JsonObject = {"enabled": reason != FEATURE_DISABLED}
+    if reason:
+        found["reason"] = reason
+    found |= {"generated_at_epoch_secs": now_s, "zero": view_upstream_totals(counters)}
+    if rows is not None and not reason:
+        found |= {"summary": view_upstream_summary(rows), "upstreams": list(rows)}
+    return found
+
+
+def view_me_writers(pool: PoolSnapshot | None, reason: str, now_s: int) -> JsonObject:
+    """stats/me-writers (9.6)."""
+    if pool is None:
+        return {"middle_proxy_enabled": False, "reason": reason, "generated_at_epoch_secs": now_s, "summary": _NO_SUMMARY, "writers": []}
+    endpoints, available = sum(len(row.endpoints) for row in pool.dcs), sum(row.available_endpoints for row in pool.dcs)
+    required, alive = sum(row.required_writers for row in pool.dcs), sum(row.alive_writers for row in pool.dcs)
+    summary = {"configured_dc_groups": len(pool.dcs), "configured_endpoints": endpoints, "available_endpoints": available,
+               "available_pct": percent(available, endpoints), "required_writers": required, "alive_writers": alive,
+               "coverage_pct": percent(alive, required)}
+    return {"middle_proxy_enabled": True, "generated_at_epoch_secs": now_s, "summary": summary,
+            "writers": [row._asdict() for row in pool.writers]}
+
+
+def view_dcs(pool: PoolSnapshot | None, reason: str, now_s: int) -> JsonObject:
+    """stats/dcs (9.7)."""
+    if pool is None:
+        return {"middle_proxy_enabled": False, "reason": reason, "generated_at_epoch_secs": now_s, "dcs": []}
+    rows = [{"dc": row.dc, "endpoints": list(row.endpoints), "available_endpoints": row.available_endpoints,
+             "available_pct": percent(row.available_endpoints, len(row.endpoints)), "required_writers": row.required_writers,
+             "alive_writers": row.alive_writers, "coverage_pct": percent(row.alive_writers, row.required_writers),
+             "rtt_ms": row.rtt_ms, "load": row.load} for row in pool.dcs]
+    return {"middle_proxy_enabled": True, "generated_at_epoch_secs": now_s, "dcs": rows}
+
+
+def view_me_runtime(pool: PoolSnapshot, general: General) -> JsonObject:
+    """me_runtime of minimal/all (9.5): generations, and the policy in force."""
+    found: JsonObject = {
+        "active_generation": pool.active_generation, "warm_generation": pool.warm_generation,
+        "pending_hardswap_generation": pool.pending_hardswap_generation,
+        "pending_hardswap_age_secs": pool.pending_hardswap_age_secs, "hardswap_enabled": general.hardswap,
+        "floor_mode": general.me_floor_mode, "adaptive_floor_idle_secs": general.me_adaptive_floor_idle_secs,
+        "adaptive_floor_min_writers_single_endpoint": general.me_adaptive_floor_min_writers_single_endpoint,
+        "adaptive_floor_recover_grace_secs": general.me_adaptive_floor_recover_grace_secs}
+    found |= same_named(general, """me_keepalive_enabled me_keepalive_interval_secs me_keepalive_jitter_secs
+        me_keepalive_payload_random""")
+    found["rpc_proxy_req_every_secs"] = general.rpc_proxy_req_every
+    found["me_reconnect_max_concurrent_per_dc"] = max(1, general.me_reconnect_max_concurrent_per_dc)
+    found |= same_named(general, "me_reconnect_backoff_base_ms me_reconnect_backoff_cap_ms")
+    found["me_reconnect_fast_retry_count"] = max(1, general.me_reconnect_fast_retry_count)
+    found |= {"me_pool_drain_ttl_secs": general.me_pool_drain_ttl_secs, "me_pool_force_close_secs": general.me_reinit_drain_timeout_secs,
+              "me_pool_min_fresh_ratio": round(float(general.me_pool_min_fresh_ratio), 3)}
+    found |= same_named(general, """me_bind_stale_mode me_bind_stale_ttl_secs me_single_endpoint_shadow_writers
+        me_single_endpoint_outage_mode_enabled me_single_endpoint_outage_disable_quarantine me_single_endpoint_outage_backoff_min_ms
+        me_single_endpoint_outage_backoff_max_ms me_single_endpoint_shadow_rotate_every_secs me_deterministic_writer_sort
+        me_socks_kdf_policy""")
+    found |= {"quarantined_endpoints_total": len(pool.quarantined),
+              "quarantined_endpoints": [{"endpoint": endpoint, "remaining_ms": ms} for endpoint, ms in pool.quarantined]}
+    return found
+
+
+def same_named(table: object, names: str) -> JsonObject:
+    """Members of a settings table that the API shows under their own names."""
+    return {name: getattr(table, name) for name in names.split()}
+
+
+def view_minimal_all(pool: PoolSnapshot | None, path: Sequence[JsonObject], general: General, now_s: int) -> JsonObject:
+    """stats/minimal/all while the feature is on (9.5)."""
+    data: JsonObject = {"me_writers": view_me_writers(pool, SOURCE_UNAVAILABLE, now_s), "dcs": view_dcs(pool, SOURCE_UNAVAILABLE, now_s)}
+    if pool is None:
+        data["network_path"] = list(path)
+        return {"enabled": True, "reason": SOURCE_UNAVAILABLE, "generated_at_epoch_secs": now_s, "data": data}
+    data |= {"me_runtime": view_me_runtime(pool, general), "network_path": list(path)}
+    return {"enabled": True, "generated_at_epoch_secs": now_s, "data": data}
+
+
+def view_gated(data: JsonObject | None, reason: str, now_s: int, *, enabled: bool = False) -> JsonObject:
+    """A read of 15.2: `data`, or the reason why there is none; enabled: what a refused read says of itself."""
+    if data is None:
+        return {"enabled": enabled, "reason": reason, "generated_at_epoch_secs": now_s}
+    return {"enabled": True, "generated_at_epoch_secs": now_s, "data": data}
+
+
+# -- users (9.8, 9.10, 10)
+
+def ip_order(text: str) -> tuple[int, int, str]:
+    """Sort key: IPv4 by number, then IPv6, then what is no address."""
+    try:
+        ip = ipaddress.ip_address(text)
+    except ValueError:
+        return 99, 0, text
+    return ip.version, int(ip), text
+
+
+def sorted_ips(ips: Iterable[str]) -> list[str]:
+    """Ascending."""
+    found = list(ips)
+    return sorted(found, key=ip_order) if len(found) > 1 else found
+
+
+def format_time(at: datetime.datetime) -> str:
+    """UTC as RFC 3339 with +00:00; a fraction of 3 or 6 digits only where there is one."""
+    at = at.astimezone(datetime.UTC)
+    spec = "seconds" if not at.microsecond else "milliseconds" if at.microsecond % 1000 == 0 else "microseconds"
+    return at.isoformat(timespec=spec)
+
+
+def view_links(links: Iterable[Link], primary: str) -> JsonObject:
+    """`links` of a user: one array per kind, in host order; primary: censorship.tls_domain."""
+    found: JsonObject = {"classic": [], "secure": [], "tls": [], "tls_domains": []}
+    for link in links:
+        found[link.kind].append(link.link)
+        if link.kind == "tls" and link.domain != primary:
+            found["tls_domains"].append({"domain": link.domain, "link": link.link})
+    return found
+
+
+def view_user(name: str, access: Access, user: User | None, links: JsonObject, counted: bool, now: float) -> JsonObject:
+    """UserInfo; user: what it uses now, None before it is live; counted: general.telemetry.user_enabled; now: monotonic seconds."""
+    until = access.user_expirations.get(name)
+    ips = sorted_ips(list(user.ips)) if user else []
+    recent = sorted_ips(user.recent_ips(now)) if user else []
+    up, down = (user.stats.octets_from_client, user.stats.octets_to_client) if user else (0, 0)
+    return {"username": name, "user_ad_tag": access.user_ad_tags.get(name), "max_tcp_conns": access.user_max_tcp_conns.get(name),
+            "expiration_rfc3339": None if until is None else format_time(until), "data_quota_bytes": access.user_data_quota.get(name),
+            "max_unique_ips": access.user_max_unique_ips.get(name),
+            "current_connections": user.stats.current if user and counted else 0, "active_unique_ips": len(ips),
+            "total_octets": up + down, "links": links, "enabled": access.user_enabled.get(name, True), "in_runtime": True,
+            "active_unique_ips_list": ips, "recent_unique_ips": len(recent), "recent_unique_ips_list": recent,
+            "octets_from_client": up, "octets_to_client": down, "quota_used_bytes": user.used if user else 0}
+
+
+def view_active_ips(users: Iterable[User]) -> list[JsonObject]:
+    """stats/users/active-ips: who is connected from where."""
+    found = [(user.name, sorted_ips(list(user.ips))) for user in users]
+    return [{"username": name, "active_ips": ips} for name, ips in sorted(found) if ips]
+
+
+def view_quotas(access: Access, users: Mapping[str, User]) -> JsonObject:
+    """stats/users/quota (9.10): users that have a quota."""
+    rows = [{"username": name, "data_quota_bytes": access.user_data_quota[name], "used_bytes": users[name].used,
+             "last_reset_epoch_secs": users[name].reset_wall} for name in sorted(access.user_data_quota) if name in users]
+    return {"users": rows}
+
+
+# -- the reads that later versions added (15.1)
+
+def view_gates(general: General, route: RouteSnapshot | None, stage: str, accepting: bool, fallback_total: int) -> JsonObject:
+    """runtime/gates; route: None without `use_middle_proxy`."""
+    middle, degrade = general.use_middle_proxy, general.auto_degradation_enabled
+    ready = accepting and (route is None or route.me_ready or degrade)
+    if stage == "ready":                 # all steps are done, and yet it is not fit for clients
+        stage = "me_pool_init_stage1" if accepting else "listeners_bind"
+    word = "ready" if ready else stage
+    goes_middle = middle and (route is None or route.middle)
+    found: JsonObject = {
+        "accepting_new_connections": accepting, "conditional_cast_enabled": middle, "me_runtime_ready": route is None or route.me_ready,
+        "me2dc_fallback_enabled": middle and degrade, "me2dc_fast_enabled": False, "use_middle_proxy": middle,
+        "route_mode": "middle" if goes_middle else "direct", "reroute_active": middle and not goes_middle}
+    if route is not None and middle and not route.middle:
+        found["reroute_to_direct_at_epoch_secs"] = route.direct_since_wall
+        found["reroute_reason"] = "strict_grace_fallback" if route.was_ready else "startup_direct_fallback"
+    found |= {"startup_status": "ready" if ready else "initializing", "startup_stage": word, "startup_progress_pct": STAGES[word]}
+    if middle:
+        found |= {"me_down_dc_groups": list(route.down_dcs) if route else [],
+                  "fallback_sessions_current": route.fallback_sessions if route else 0, "fallback_sessions_total": fallback_total}
+    return found
+
+
+STAGES: Final = {"config_load": 0.0, "listeners_bind": 20.0, "network_probe": 40.0, "me_secret_fetch": 60.0, "me_pool_init_stage1": 80.0,
+                 "ready": 100.0}
+
+
+def view_ready(accepting: bool, healthy: int, total: int) -> JsonObject:
+    """health/ready: fit for new clients?"""
+    reason = "" if accepting and healthy else "no_healthy_upstreams" if accepting else "admission_closed"
+    found: JsonObject = {"ready": not reason, "status": "not_ready" if reason else "ready"}
+    if reason:
+        found["reason"] = reason
+    return found | {"admission_open": accepting, "healthy_upstreams": healthy, "total_upstreams": total}
+
+
+def view_limits(settings: Settings) -> JsonObject:
+    """limits/effective: what is in force after every clamp."""
+    general, timeouts = settings.general, settings.timeouts
+    every = general.update_every or min(general.proxy_secret_auto_reload_secs, general.proxy_config_auto_reload_secs)
+    return {
+        "update_every_secs": every, "me_reinit_every_secs": general.me_reinit_every_secs,
+        "me_pool_force_close_secs": general.me_reinit_drain_timeout_secs,
+        "timeouts": {"client_handshake_secs": timeouts.client_handshake, "tg_connect_secs": timeouts.tg_connect,
+                     "client_keepalive_secs": timeouts.client_keepalive, "client_ack_secs": timeouts.client_ack,
+                     "me_one_retry": timeouts.me_one_retry, "me_one_timeout_ms": timeouts.me_one_timeout_ms},
+        "upstream": view_connect_policy(general),
+        "middle_proxy": {
+            "floor_mode": general.me_floor_mode, "adaptive_floor_idle_secs": general.me_adaptive_floor_idle_secs,
+            "adaptive_floor_min_writers_single_endpoint": general.me_adaptive_floor_min_writers_single_endpoint,
+            "adaptive_floor_recover_grace_secs": general.me_adaptive_floor_recover_grace_secs,
+            "reconnect_max_concurrent_per_dc": max(1, general.me_reconnect_max_concurrent_per_dc),
+            "reconnect_backoff_base_ms": general.me_reconnect_backoff_base_ms,
+            "reconnect_backoff_cap_ms": general.me_reconnect_backoff_cap_ms,
+            "reconnect_fast_retry_count": max(1, general.me_reconnect_fast_retry_count)},
+        "user_ip_policy": {"global_each": 0, "mode": "active_window", "window_secs": RECENT_S},
+        "user_tcp_policy": {"global_each": 0}}
+
+
+def view_connect_policy(general: General) -> JsonObject:
+    """How often a connect request is tried."""
+    return {"connect_retry_attempts": general.upstream_connect_retry_attempts,
+            "connect_retry_backoff_ms": general.upstream_connect_retry_backoff_ms,
+            "unhealthy_fail_threshold": general.upstream_unhealthy_fail_threshold,
+            "connect_failfast_hard_errors": general.upstream_connect_failfast_hard_errors}
+
+
+def view_posture(settings: Settings, api: Api) -> JsonObject:
+    """security/posture; api: as frozen at start."""
+    telemetry = settings.general.telemetry
+    return {"api_read_only": api.read_only, "api_whitelist_enabled": bool(api.whitelist), "api_whitelist_entries": len(api.whitelist),
+            "api_auth_header_enabled": bool(api.auth_header), "proxy_protocol_enabled": settings.server.proxy_protocol,
+            "log_level": settings.general.log_level, "telemetry_core_enabled": telemetry.core_enabled,
+            "telemetry_user_enabled": telemetry.user_enabled, "telemetry_me_level": telemetry.me_level}
+
+
+def view_whitelist(api: Api, now_s: int) -> JsonObject:
+    """security/whitelist."""
+    entries = [str(network) for network in api.whitelist]
+    return {"generated_at_epoch_secs": now_s, "enabled": bool(entries), "entries_total": len(entries), "entries": entries}
+
+
+def view_pool_state(pool: PoolSnapshot, general: General) -> JsonObject:
+    """`data` of runtime/me_pool_state."""
+    writers = pool.writers
+    draining = sum(row.draining for row in writers)
+    degraded = sum(row.degraded and not row.draining for row in writers)
+    contour = {word: sum(row.state == word for row in writers) for word in ("warm", "active", "draining")}
+    return {
+        "generations": {"active_generation": pool.active_generation, "warm_generation": pool.warm_generation,
+                        "pending_hardswap_generation": pool.pending_hardswap_generation,
+                        "pending_hardswap_age_secs": pool.pending_hardswap_age_secs,
+                        "draining_generations": list(pool.draining_generations)},
+        "hardswap": {"enabled": general.hardswap, "pending": pool.pending_hardswap_generation != 0},
+        "writers": {"total": len(writers), "alive_non_draining": len(writers) - draining, "draining": draining, "degraded": degraded,
+                    "contour": contour,
+                    "health": {"healthy": len(writers) - draining - degraded, "degraded": degraded, "draining": draining}},
+        "refill": {"inflight_endpoints_total": sum(count for _, _, count in pool.refills),
+                   "inflight_dc_total": len({dc for dc, _, _ in pool.refills}),
+                   "by_dc": [{"dc": dc, "family": family, "inflight": count} for dc, family, count in pool.refills]}}
+
+
+def view_me_quality(pool: PoolSnapshot, me: MeCounters) -> JsonObject:
+    """`data` of runtime/me_quality."""
+    names = ("idle_close_by_peer_total", "reader_eof_total", "kdf_drift_total", "kdf_port_only_drift_total", "reconnect_attempt_total",
+             "reconnect_success_total")
+    drops = ("no_conn_total", "channel_closed_total", "queue_full_total", "queue_full_base_total", "queue_full_high_total")
+    return {"counters": {name: me.totals[name] for name in names},
+            "route_drops": {name: me.totals[f"route_drop_{name}"] for name in drops},
+            "dc_rtt": [{"dc": row.dc, "rtt_ema_ms": row.rtt_ms, "alive_writers": row.alive_writers,
+                        "required_writers": row.required_writers, "coverage_pct": percent(row.alive_writers, row.required_writers)}
+                       for row in pool.dcs]}
+
+
+def view_upstream_quality(counters: Counters, general: General, rows: Sequence[JsonObject] | None, reason: str, now_s: int) -> JsonObject:
+    """runtime/upstream_quality; reason: why there are no rows, empty if there are."""
+    found: JsonObject = {"enabled": not reason}
+    if reason:
+        found["reason"] = reason
+    found |= {"generated_at_epoch_secs": now_s, "policy": view_connect_policy(general),
+              "counters": {name: getattr(counters, name) for name in (
+                  "connect_attempt_total", "connect_success_total", "connect_fail_total", "connect_failfast_hard_error_total")}}
+    if rows is not None and not reason:
+        found |= {"summary": view_upstream_summary(rows), "upstreams": list(rows)}
+    return found
+
+
+class UserLoad(NamedTuple):
+    """What a user does, for the list of the busiest."""
+
+    username: str
+    current_connections: int
+    total_octets: int
+
+
+def view_connections(users: Sequence[UserLoad], middle: int, limit: int, counted: bool, ttl_ms: int) -> JsonObject:
+    """`data` of runtime/connections/summary; users: those with anything to show; middle: sessions through the middle end."""
+    total = sum(user.current_connections for user in users)
+    by_connections = heapq.nsmallest(limit, users, key=lambda user: (-user.current_connections, user.username))
+    by_octets = heapq.nsmallest(limit, users, key=lambda user: (-user.total_octets, user.username))
+    return {"cache": {"ttl_ms": ttl_ms, "served_from_cache": False, "stale_cache_used": False},
+            "totals": {"current_connections": total, "current_connections_me": middle, "current_connections_direct": max(0, total - middle),
+                       "active_users": sum(user.current_connections > 0 for user in users)},
+            "top": {"limit": limit, "by_connections": [user._asdict() for user in by_connections],
+                    "by_throughput": [user._asdict() for user in by_octets]},
+            "telemetry": {"user_enabled": counted, "throughput_is_cumulative": True}}
+
+
+# == 3. metrics ==============================================================
+# The Prometheus page, format 0.0.4: per metric one HELP line, one TYPE line and
+# its samples.  One table names them all, in the order of metrics.md 4; names,
+# types and labels are interface, the help texts are ours.  The page is made in
+# pieces, so that a thousand users do not keep the interpreter from the loop.
+# Trap: unlabelled totals stay single samples; Zabbix takes the line that matches.
+
+METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+SERIES_USERS_MAX: Final = 4096           # users per scrape, by name
+_ESCAPES: Final = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
+BAD_CLASSES: Final = tuple("""
+    proxy_protocol_untrusted proxy_protocol_invalid_header proxy_protocol_header_timeout tls_clienthello_len_out_of_bounds
+    tls_clienthello_truncated tls_clienthello_malformed tls_mode_disabled tls_bad_digest tls_clock_skew tls_replay tls_bad_inner
+    tls_inner_replay direct_modes_disabled direct_reserved_prefix direct_bad_header direct_replay direct_truncated""".split())
+FAILURE_CLASSES: Final = ("timeout", "eof", "reset", "io_error")
+FAILURE_STAGES: Final = ("first_packet_prelude", "tls_clienthello_body", "tls_core", "tls_post_serverhello_mtproto", "direct_mtproto")
+
+Samples: TypeAlias = "Iterable[tuple[str, int | float | str]]"        # (labels in braces or empty, value)
+
+
+class Facts(NamedTuple):
+    """What a scrape is made from."""
+
+    counters: Counters
+    telemetry: Telemetry
+    floor_mode: str
+    users: Sequence[User]                # by name
+    ip_limits: Mapping[str, int]         # access.user_max_unique_ips
+    uptime_s: float
+    now: float                           # monotonic seconds
+    version: str
+
+
+class Metric(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    kind: str
+    help: str
+    samples: Callable[[Facts], Samples]
+
+
+def label(value: str) -> str:
+    """A label value, escaped."""
+    return value.translate(_ESCAPES)
+
+
+def _core(name: str, field: str, help: str) -> Metric:
+    return Metric(f"telemt_{name}", "counter", help, lambda facts: [("", getattr(facts.counters, field))])
+
+
+def _me(name: str, field: str, help: str) -> Metric:
+    return Metric(f"telemt_{name}", "counter", help, lambda facts: [("", facts.counters.me.totals[field])])
+
+
+def _labelled(name: str, help: str, *fields: tuple[str, str]) -> Metric:
+    """A counter with one sample per (labels, field) of the middle end's totals."""
+    return Metric(f"telemt_{name}", "counter", help,
+                  lambda facts: [(f"{{{labels}}}", facts.counters.me.totals[field]) for labels, field in fields])
+
+
+def _buckets(name: str, field: str, words: Sequence[str], help: str) -> Metric:
+    return Metric(f"telemt_{name}", "counter", help, lambda facts: [
+        (f'{{bucket="{word}"}}', count) for word, count in zip(words, getattr(facts.counters, field), strict=True)])
+
+
+def _words(name: str, field: str, key: str, words: Sequence[str], help: str) -> Metric:
+    def samples(facts: Facts) -> Samples:
+        found = {str(getattr(word, "value", word)): count for word, count in list(getattr(facts.counters, field).items())}
+        return [(f'{{{key}="{word}"}}', found.get(word, 0)) for word in words]
+    return Metric(f"telemt_{name}", "counter", help, samples)
+
+
+def _flag(name: str, help: str, on: Callable[[Facts], bool]) -> Metric:
+    return Metric(f"telemt_{name}", "gauge", help, lambda facts: [("", int(on(facts)))])
+
+
+def _one_of(name: str, key: str, words: Sequence[str], help: str, chosen: Callable[[Facts], str]) -> Metric:
+    return Metric(f"telemt_{name}", "gauge", help, lambda facts: [(f'{{{key}="{word}"}}', int(word == chosen(facts))) for word in words])
+
+
+def _lost_writers(facts: Facts) -> Samples:
+    totals = facts.counters.me.totals
+    restored = totals["writer_restored_same_endpoint_total"] + totals["writer_restored_fallback_total"]
+    return [("", max(0, totals["writer_removed_unexpected_total"] - restored))]
+
+
+def _error_codes(facts: Facts) -> Samples:
+    return [(f'{{error_code="{code}"}}', total) for code, total in sorted(facts.counters.me.error_codes.items())]
+
+
+def _same(names: Mapping[str, str], prefix: str = "me_") -> list[Metric]:
+    """Metrics that are called as their field is, behind a prefix."""
+    return [_me(prefix + field, field, help) for field, help in names.items()]
+
+
+TABLE: Final[Sequence[Metric]] = (
+    Metric("telemt_uptime_seconds", "gauge", "Seconds since start.", lambda facts: [("", f"{facts.uptime_s:.1f}")]),
+    _flag("telemetry_core_enabled", "general.telemetry.core_enabled.", lambda facts: facts.telemetry.core_enabled),
+    _flag("telemetry_user_enabled", "general.telemetry.user_enabled.", lambda facts: facts.telemetry.user_enabled),
+    _one_of("telemetry_me_level", "level", ("silent", "normal", "debug"), "general.telemetry.me_level.",
+            lambda facts: facts.telemetry.me_level),
+    _core("connections_total", "connections_total", "Client connections accepted."),
+    _core("connections_bad_total", "connections_bad_total", "Connections that turned out not to be a client's."),
+    _core("handshake_timeouts_total", "handshake_timeouts_total", "Handshakes that exceeded timeouts.client_handshake."),
+    _core("upstream_connect_attempt_total", "connect_attempt_total", "Connect attempts through upstreams."),
+    _core("upstream_connect_success_total", "connect_success_total", "Connect requests that succeeded."),
+    _core("upstream_connect_fail_total", "connect_fail_total", "Connect requests that failed after their last attempt."),
+    _core("upstream_connect_failfast_hard_error_total", "connect_failfast_hard_error_total",
+          "Attempts given up at once after a hard error."),
+    _buckets("upstream_connect_attempts_per_request", "connect_attempts", _BUCKETS_ATTEMPTS, "Connect requests by attempts used."),
+    _buckets("upstream_connect_duration_success_total", "connect_success_ms", _BUCKETS_MS, "Successful connect requests by duration."),
+    _buckets("upstream_connect_duration_fail_total", "connect_fail_ms", _BUCKETS_MS, "Failed connect requests by duration."),
+    *_same({"keepalive_sent_total": "RPC pings sent.", "keepalive_failed_total": "RPC pings that could not be queued.",
+            "keepalive_pong_total": "RPC pongs received.", "keepalive_timeout_total": "RPC pings without an answer for 120 s.",
+            "rpc_proxy_req_signal_sent_total": "Activity signals sent.",
+            "rpc_proxy_req_signal_failed_total": "Activity signals that could not be queued.",
+            "rpc_proxy_req_signal_skipped_no_meta_total": "Activity signals left out: the writer never carried a client.",
+            "rpc_proxy_req_signal_response_total": "Activity signals answered in time.",
+            "rpc_proxy_req_signal_close_sent_total": "Closing messages behind activity signals."}),
+    _me("me_reconnect_attempts_total", "reconnect_attempt_total", "Attempts to restore a writer."),
+    *_same({"reconnect_success_total": "Writers restored.", "handshake_reject_total": "RPC handshakes that a middle end refused."}),
+    Metric("telemt_me_handshake_error_code_total", "counter", "Refused RPC handshakes by error code.", _error_codes),
+    *_same({"reader_eof_total": "Middle-end sockets that reached their end.",
+            "idle_close_by_peer_total": "Writers without clients that the middle end closed.",
+            "crc_mismatch_total": "Frames with a wrong CRC.", "seq_mismatch_total": "Frames with a wrong sequence number.",
+            "route_drop_no_conn_total": "Answers for an unknown connection.",
+            "route_drop_channel_closed_total": "Answers for a client already gone.",
+            "route_drop_queue_full_total": "Answers dropped behind a client that does not read."}),
+    _labelled("me_route_drop_queue_full_profile_total", "The same by profile in force.",
+              ('profile="base"', "route_drop_queue_full_base_total"), ('profile="high"', "route_drop_queue_full_high_total")),
+    _labelled("me_socks_kdf_policy_total", "SOCKS routes without a usable bound address.",
+              ('policy="strict",outcome="reject"', "socks_kdf_strict_reject_total"),
+              ('policy="compat",outcome="fallback"', "socks_kdf_compat_fallback_total")),
+    *_same({"endpoint_quarantine_total": "Endpoints put into quarantine.",
+            "kdf_drift_total": "Key inputs of an endpoint that differ from its last handshake.",
+            "kdf_port_only_drift_total": "The same where only the client port differs.",
+            "hardswap_pending_reuse_total": "Renewals that went on with a pending generation.",
+            "hardswap_pending_ttl_expired_total": "Pending generations discarded as too old.",
+            "single_endpoint_outage_enter_total": "One-endpoint data centres that lost their last writer.",
+            "single_endpoint_outage_exit_total": "And got one back.",
+            "single_endpoint_outage_reconnect_attempt_total": "Attempts of that recovery.",
+            "single_endpoint_outage_reconnect_success_total": "Attempts of that recovery that succeeded.",
+            "single_endpoint_quarantine_bypass_total": "Attempts of that recovery that ignored the quarantine.",
+            "single_endpoint_shadow_rotate_total": "Periodic renewals of a reserve writer.",
+            "single_endpoint_shadow_rotate_skipped_quarantine_total": "Renewals skipped: endpoint in quarantine."}),
+    _one_of("me_floor_mode", "mode", ("static", "adaptive"), "general.me_floor_mode.", lambda facts: facts.floor_mode),
+    _me("me_floor_mode_switch_all_total", "floor_mode_switch_total", "Changes of the floor mode by reload."),
+    _labelled("me_floor_mode_switch_total", "The same by direction.",
+              ('from="static",to="adaptive"', "floor_mode_switch_static_to_adaptive_total"),
+              ('from="adaptive",to="static"', "floor_mode_switch_adaptive_to_static_total")),
+    *_same({"secure_padding_invalid_total": "Client frames of 1 to 3 bytes in secure mode.",
+            "desync_total": "Client streams out of step.", "desync_full_logged_total": "Of them, logged in full.",
+            "desync_suppressed_total": "Of them, logged short."}, prefix=""),
+    _labelled("desync_frames_bucket_total", "Of them, by good frames before.",
+              *((f'bucket="{word}"', f"desync_frames_bucket_{word}") for word in ("0", "1_2", "3_10", "gt_10"))),
+    _me("pool_swap_total", "pool_swap_total", "Renewals that put a stale writer to drain."),
+    Metric("telemt_pool_drain_active", "gauge", "Writers that drain now; 0 below level debug.",
+           lambda facts: [("", drain_active(facts.counters.me))]),
+    *_same({"pool_force_close_total": "Draining writers closed at their deadline with sessions left.",
+            "pool_stale_pick_total": "Clients bound to a writer of an older generation."}, prefix=""),
+    *_same({"writer_removed_total": "Writers removed.", "writer_removed_unexpected_total": "Writers removed while not draining.",
+            "refill_triggered_total": "Refills started.", "refill_skipped_inflight_total": "Refills not started: one was under way.",
+            "refill_failed_total": "Refills given up.", "writer_restored_same_endpoint_total": "Refills on the endpoint that was lost.",
+            "writer_restored_fallback_total": "Refills on another endpoint."}),
+    Metric("telemt_me_writer_removed_unexpected_minus_restored_total", "gauge", "Writers lost and not restored.", _lost_writers),
+    _flag("telemetry_user_series_suppressed", "1 while general.telemetry.user_enabled is off.",
+          lambda facts: not facts.telemetry.user_enabled),
+    _words("connections_bad_by_class_total", "bad_by_class", "class", BAD_CLASSES, "Bad connections by reason."),
+    _words("handshake_failures_by_class_total", "failures_by_class", "class", FAILURE_CLASSES,
+           "Handshakes not finished, by how they ended."),
+    _words("handshake_failures_by_stage_total", "failures_by_stage", "stage", FAILURE_STAGES,
+           "Handshakes not finished, by what they waited for."),
+    _me("me_fallback_sessions_total", "fallback_sessions_total", "Sessions that went direct although general.use_middle_proxy is on."),
+    Metric("telemt_build_info", "gauge", "Version of this program.", lambda facts: [(f'{{version="{label(facts.version)}"}}', 1)]),
+)
+
+USER_TABLE: Final[Sequence[tuple[str, str, str, Callable[[User], int]]]] = (
+    ("telemt_user_connections_total", "counter", "Sessions of the user.", lambda user: user.stats.connects),
+    ("telemt_user_connections_current", "gauge", "Sessions of the user now.", lambda user: user.stats.current),
+    ("telemt_user_octets_from_client", "counter", "Bytes from the user's clients.", lambda user: user.stats.octets_from_client),
+    ("telemt_user_octets_to_client", "counter", "Bytes to the user's clients.", lambda user: user.stats.octets_to_client),
+    ("telemt_user_msgs_from_client", "counter", "The same in messages of 8 KiB at most.", lambda user: user.stats.msgs_from_client),
+    ("telemt_user_msgs_to_client", "counter", "The same in messages of 8 KiB at most.", lambda user: user.stats.msgs_to_client),
+)
+
+
+def render_metrics(facts: Facts) -> Iterator[str]:
+    """The page in pieces, each a few hundred lines at most."""
+    yield "".join(_render(metric, facts) for metric in TABLE)
+    yield from _render_users(facts)
+
+
+def _head(name: str, kind: str, help: str) -> str:
+    return f"# HELP {name} {help}\n# TYPE {name} {kind}\n"
+
+
+def _render(metric: Metric, facts: Facts) -> str:
+    lines = "".join(f"{metric.name}{labels} {value}\n" for labels, value in metric.samples(facts))
+    return _head(metric.name, metric.kind, metric.help) + lines
+
+
+def _render_users(facts: Facts) -> Iterator[str]:
+    on = facts.telemetry.user_enabled
+    seen = [(label(user.name), user) for user in facts.users if user.stats.connects or user.stats.current] if on else []
+    del seen[SERIES_USERS_MAX:]
+    for name, kind, help, value in USER_TABLE:
+        yield _head(name, kind, help)
+        yield from _pieces(f'{name}{{user="{user}"}} {value(source)}\n' for user, source in seen)
+    if not on:
+        return
+    bound = [(label(user.name), len(user.ips), facts.ip_limits.get(user.name, 0)) for user in facts.users
+             if user.ips or user.name in facts.ip_limits][:SERIES_USERS_MAX]
+    yield _head("telemt_user_unique_ips_current", "gauge", "Source addresses of the user now.")
+    yield from _pieces(f'telemt_user_unique_ips_current{{user="{user}"}} {now}\n' for user, now, _ in bound)
+    yield _head("telemt_user_unique_ips_limit", "gauge", "access.user_max_unique_ips; 0 = unset.")
+    yield from _pieces(f'telemt_user_unique_ips_limit{{user="{user}"}} {limit}\n' for user, _, limit in bound)
+    yield _head("telemt_user_unique_ips_utilization", "gauge", "Part of the limit that is used.")
+    yield from _pieces(f'telemt_user_unique_ips_utilization{{user="{user}"}} {now / limit if limit else 0:.6f}\n'
+                       for user, now, limit in bound)
+    recent = [(label(user.name), len(user.recent_ips(facts.now))) for user in facts.users if user.recent or user.ips][:SERIES_USERS_MAX]
+    yield _head("telemt_user_unique_ips_recent_window", "gauge", "Source addresses connected now or within the last 30 s.")
+    yield from _pieces(f'telemt_user_unique_ips_recent_window{{user="{user}"}} {count}\n' for user, count in recent)
+
+
+def _pieces(lines: Iterable[str], size: int = 100) -> Iterator[str]:
+    """Join lines into pieces of `size` lines."""
+    source = iter(lines)
+    while piece := "".join(itertools.islice(source, size)):
+        yield piece
 
 
 # == 9. service ==============================================================
