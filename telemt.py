@@ -1531,10 +1531,12 @@ def _public_secret_warnings(access: Access, explicit: bool) -> Iterator[str]:
     if not explicit:
         yield '[access.users] is missing: user "default" has the public all-zero secret, anybody can use this proxy'
     else:
-        yield from (f"access.users: user {name} has the public all-zero secret, anybody can use this proxy"
-                    for name, secret in access.users.items() if secret == _ZERO_SECRET)
-    yield from (f"access.user_ad_tags: the tag of user {name} is all zeros: it selects no channel"
-                for name, tag in access.user_ad_tags.items() if tag == _ZERO_SECRET)
+        lines = [f"access.users: user {name} has the public all-zero secret, anybody can use this proxy"
+                 for name, secret in access.users.items() if secret == _ZERO_SECRET]
+        yield from [*lines[:_ZERO_LIMITS_SHOWN], *_more(lines, _ZERO_LIMITS_SHOWN)]
+    lines = [f"access.user_ad_tags: the tag of user {name} is all zeros: it selects no channel"
+             for name, tag in access.user_ad_tags.items() if tag == _ZERO_SECRET]
+    yield from [*lines[:_ZERO_LIMITS_SHOWN], *_more(lines, _ZERO_LIMITS_SHOWN)]
 
 
 class Loaded(NamedTuple):
@@ -4490,6 +4492,7 @@ class UserTable:
     def __init__(self) -> None:
         self.users: dict[str, User] = {}
         self._home: dict[str, User] = {}       # client IP -> the user it was last, oldest first
+        self.effort = Effort()
 
     def __iter__(self) -> Iterator[User]:
         return iter(self.users.values())
@@ -4512,14 +4515,23 @@ class UserTable:
                 user.mark = user.quota
         self._home = {ip: user for ip, user in self._home.items() if self.users.get(user.name) is user}
 
-    def candidates(self, ip: str) -> Iterator[User]:
-        """Users in the order to try them: the last one of this IP, then file order (client-protocol.md D12)."""
+    def candidates(self, ip: str, now: float, each_s: float) -> Iterator[User]:
+        """Users in the order to try them: the last one of this IP, then file order (client-protocol.md D12).
+
+        each_s: what one trial costs, in seconds of the processor.  Where all are tried in vain, `effort` is charged; an IP that
+        has no more of it gets its last user only.
+        """
         home = self._home.get(ip)
         if home is not None:
             yield home
+        cost_s = each_s * len(self.users)
+        if cost_s > _CHEAP_S and self.effort.is_spent(ip, now):
+            return
         for user in self.users.values():
             if user is not home:
                 yield user
+        if cost_s > _CHEAP_S:
+            self.effort.charge(ip, now, cost_s)
 
     def remember(self, ip: str, user: User) -> None:
         """`user` authenticated from `ip`: try it first next time."""
@@ -4527,6 +4539,50 @@ class UserTable:
         self._home[ip] = user
         if len(self._home) > _HOME_CACHE:
             del self._home[next(iter(self._home))]
+
+
+class Effort:
+    """What trying every secret in vain may cost per client IP (/64 of IPv6): a tenth of a processor, half a second at once.
+
+    With 1,000 users one hello of 16 KB takes 10 ms: without a limit a stranger with 1.6 MB/s had the processor to himself.  Who
+    shares his address and was here before is still served: the last user of an IP costs one trial, and that is always made.
+    """
+
+    __slots__ = ("_spent",)
+
+    def __init__(self) -> None:
+        self._spent: dict[str | int, tuple[float, float]] = {}     # address -> (seconds of processor, when that was), oldest first
+
+    def is_spent(self, ip: str, now: float) -> bool:
+        """True while the address must not cost more."""
+        return bool(self._spent) and self._left_over(_network_of(ip), now) >= _EFFORT_S
+
+    def charge(self, ip: str, now: float, cost_s: float) -> None:
+        """The address made us work in vain."""
+        where = _network_of(ip)
+        spent = self._left_over(where, now) + cost_s
+        self._spent.pop(where, None)
+        self._spent[where] = spent, now
+        if len(self._spent) > _EFFORT_CACHE:
+            del self._spent[next(iter(self._spent))]
+
+    def _left_over(self, where: str | int, now: float) -> float:
+        spent, at = self._spent.get(where, (0.0, now))
+        return max(0.0, spent - max(0.0, now - at) * _EFFORT_SHARE)
+
+
+def _network_of(ip: str) -> str | int:
+    """What one customer of a provider has: an IPv4 address, or a /64 of IPv6."""
+    return int(ipaddress.IPv6Address(ip)) >> 64 if ":" in ip else ip
+
+
+_EFFORT_S: Final = 0.5
+_EFFORT_SHARE: Final = 0.1
+_EFFORT_CACHE: Final = 1_024
+_CHEAP_S: Final = 1e-4               # less than that for all users is not counted
+HELLO_TRIAL_S: Final = 1e-6          # one secret on a hello: so much, and for each byte
+HELLO_BYTE_S: Final = 1e-9
+HEADER_TRIAL_S: Final = 3e-6         # one secret on 64 bytes: a hash, a key schedule, a block
 
 
 class ReplayWindow:
@@ -4597,7 +4653,7 @@ class Doorman:
         """
         message = without_random(record)
         skewed = False
-        for user in self.users.candidates(ip):
+        for user in self.users.candidates(ip, now_wall, HELLO_TRIAL_S + len(record) * HELLO_BYTE_S):
             timestamp = match_client_hello(hello.digest, user.sign.digest(message))
             if timestamp is None:
                 continue
@@ -4613,6 +4669,10 @@ class Doorman:
         window = self.hellos if timed else self.timeless_hellos
         if window.is_replay(hello.digest[:16], now):
             raise WireError(Reason.TLS_REPLAY)
+
+    def candidates(self, ip: str, now_wall: float) -> Iterator[User]:
+        """Users in the order to try them on a 64-byte header."""
+        return self.users.candidates(ip, now_wall, HEADER_TRIAL_S)
 
     def find_header(self, block: bytes, candidates: Iterable[User], allowed: Container[Transport]) -> tuple[User, Preamble]:
         """Return the user whose secret opens a 64-byte header, with what it says.
@@ -5233,6 +5293,7 @@ _PIPES_MAX: Final = 16                         # beyond it a bulk flow copies; 1
 _SPLICE_MIN: Final = 65_536                    # smaller moves are cheaper by recv and send
 _SPLICE_PATIENCE: Final = 8
 _ACCEPT_BATCH: Final = 64
+_OWN_PAGES_MIN: Final = 32_768
 _BULK: Final = 3                               # the level from which a flow is bulk
 _QUEUED_MUCH: Final = 16 << 20                 # what slow sinks may hold before every flow is modest: sixteen unlucky megabytes
 _CROWD: Final = 4                              # other ready sockets in a turn that make bulk modest
@@ -5252,6 +5313,21 @@ class Pipe(NamedTuple):
 def _pages(size: int) -> mmap.mmap:
     """Private anonymous memory.  mmap's default is shared, which the kernel backs with small shmem pages."""
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def set_aside(data: memoryview) -> memoryview:
+    """Return a copy of `data` that is given back to the system when nobody needs it any more.
+
+    malloc would keep it: after 300 stalled clients had left, 20-40 MB.  From 32 KiB on a mapping of its own costs little.
+    """
+    if len(data) < _OWN_PAGES_MIN:
+        return memoryview(bytes(data))
+    try:
+        copy = memoryview(_pages(len(data)))
+    except OSError:                            # 65,530 mappings are what a process may have
+        return memoryview(bytes(data))
+    copy[:] = data
+    return copy
 
 
 class Crowd:
@@ -5436,7 +5512,7 @@ class Flow:
             sent = 0
         self.sent += sent
         if sent != len(data):
-            self._queue, self._at = memoryview(bytes(memoryview(data)[sent:])), 0
+            self._queue, self._at = set_aside(memoryview(data)[sent:]), 0
             self.arena.queued += len(self._queue)
             self._pause()
 
@@ -5681,13 +5757,14 @@ class UnwrapFlow(Flow):
     set aside and goes on at the end of the turn, 16 KiB at a time, before anything more is read.
     """
 
-    __slots__ = ("records", "decrypt", "encrypt", "_aside", "_goes_on")
+    __slots__ = ("records", "decrypt", "encrypt", "_aside", "_aside_size", "_goes_on")
 
     def __init__(self, arena: Arena, source: Stream, sink: Stream, records: RecordReader, passes: Sequence[AesCtr]) -> None:
         super().__init__(arena, source, sink)
         self.records = records                 # goes on where the handshake stopped, perhaps inside a record
         self.decrypt, self.encrypt = passes
         self._aside: memoryview | None = None
+        self._aside_size = 0                   # of the memory below it
         self._goes_on = False                  # _go_on() is deferred
 
     def run(self) -> int:
@@ -5710,7 +5787,7 @@ class UnwrapFlow(Flow):
                 self._adapt(size, quantum)
         spans = self.records.spans(source.view, size)
         if kept is not None or self.records.seen < size:
-            self._set_aside(kept if kept is not None else memoryview(bytes(source.view[:size])), self.records.seen)
+            self._set_aside(kept if kept is not None else set_aside(source.view[:size]), self.records.seen)
         done = 0
         if len(spans) == 1:
             start, done = spans[0]
@@ -5730,6 +5807,7 @@ class UnwrapFlow(Flow):
     def _set_aside(self, data: memoryview, seen: int) -> None:
         """Keep what of `data` was not seen, and see to it that there is another run."""
         if self._aside is None:
+            self._aside_size = len(data)
             self.arena.queued += len(data)
             self.level = 0
         self._aside = data[seen:]
@@ -5748,7 +5826,7 @@ class UnwrapFlow(Flow):
 
     def _forget_aside(self) -> None:
         if self._aside is not None:
-            self.arena.queued -= len(self._aside.obj)          # type: ignore[arg-type]  # the bytes below the views
+            self.arena.queued -= self._aside_size
             self._aside = None
 
     def _resume(self) -> None:
@@ -7091,7 +7169,7 @@ class ClientSession:
             raise WireError(Reason.RESERVED_PREFIX)
         if len(self.inbox) < PREAMBLE_SIZE:
             return False
-        self._accept_header(self.core.doorman.users.candidates(self.ip), plain_transports(modes), Reason.PLAIN_REPLAY)
+        self._accept_header(self.core.doorman.candidates(self.ip, time.time()), plain_transports(modes), Reason.PLAIN_REPLAY)
         return False
 
     def _hello(self) -> bool:

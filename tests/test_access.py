@@ -1,11 +1,12 @@
 """Room 11: users, limits, tickets, replay windows, and who a hello belongs to."""
+import contextlib
 import datetime
 
 import pytest
 
 import telemt
-from telemt import (ClientHello, Doorman, KeyedHmac, Reason, ReplayWindow, Transport, UserTable, WireError, admit, parse_client_hello,
-                    without_random)
+from telemt import (ClientHello, Doorman, Effort, KeyedHmac, Reason, ReplayWindow, Transport, UserTable, WireError, admit,
+                    parse_client_hello, without_random)
 from tests.cases import SECRET, load_vector, settings_of
 
 OTHER = "f0e1d2c3b4a5968778695a4b3c2d1e0f"
@@ -115,8 +116,8 @@ def test_quota_compares_used_octets():
 def test_last_user_of_an_ip_is_tried_first():
     users = table(users="\n".join(f'u{n} = "{n:032x}"' for n in range(5)))
     users.remember("10.0.0.1", users.users["u3"])
-    assert [user.name for user in users.candidates("10.0.0.1")] == ["u3", "u0", "u1", "u2", "u4"]
-    assert [user.name for user in users.candidates("10.0.0.2")] == ["u0", "u1", "u2", "u3", "u4"]
+    assert [user.name for user in users.candidates("10.0.0.1", 0, 0)] == ["u3", "u0", "u1", "u2", "u4"]
+    assert [user.name for user in users.candidates("10.0.0.2", 0, 0)] == ["u0", "u1", "u2", "u3", "u4"]
 
 
 def test_home_cache_is_bounded_and_forgets_removed_users():
@@ -172,15 +173,15 @@ def test_replay_size_zero_is_off_and_resize_keeps_the_newest():
 # -- recognition
 
 
-def doorman(text=""):
+def doorman(text="", users=f'alice = "{SECRET}"\nbob = "{OTHER}"'):
     found = Doorman(BACKEND)
-    found.apply(settings_of(f'{text}\n[access.users]\nalice = "{SECRET}"\nbob = "{OTHER}"').access)
+    found.apply(settings_of(f"{text}\n[access.users]\n{users}").access)
     return found
 
 
-def signed_hello(secret, timestamp):
-    """A ClientHello record signed for `timestamp`, from a vector record."""
-    record = bytearray(bytes.fromhex(load_vector("faketls")["cases"][0]["record"]))
+def signed_hello(secret, timestamp, size=0):
+    """A ClientHello record signed for `timestamp`, from a vector record; at least `size` bytes."""
+    record = bytearray(bytes.fromhex(load_vector("faketls")["cases"][0]["record"]).ljust(size, b"\0"))
     mac = KeyedHmac(bytes.fromhex(secret)).digest(without_random(bytes(record)))
     record[11:43] = mac[:28] + (timestamp ^ int.from_bytes(mac[28:], "little")).to_bytes(4, "little")
     return bytes(record)
@@ -209,6 +210,55 @@ def test_unknown_secret_is_a_bad_digest():
     with pytest.raises(WireError) as caught:
         doorman().find_hello(record, parse_client_hello(record), "10.0.0.1", 1_700_000_000)
     assert caught.value.reason is Reason.BAD_DIGEST
+
+
+@pytest.mark.parametrize(("ip", "neighbour", "other"), [
+    ("10.0.0.1", "10.0.0.1", "10.0.0.2"), ("2001:db8::1", "2001:db8::ffff:2", "2001:db8:0:1::1"),
+])
+def test_what_a_stranger_may_cost_is_limited(ip, neighbour, other):
+    """Found from outside: with 1,000 users 1.6 MB/s of hellos of 16 KB kept the processor busy."""
+    users = "\n".join(f'u{n} = "{n:032x}"' for n in range(1, 1000))
+    door = doorman(users=users)
+    now = 1_700_000_000.0
+    door.users.remember(neighbour, door.users.users["u500"])
+
+    def tried(who, secret="ab" * 16, size=517):
+        record = signed_hello(secret, int(now), size)
+        signs = []
+        with pytest.MonkeyPatch.context() as patch:
+            digest = KeyedHmac.digest
+            patch.setattr(KeyedHmac, "digest", lambda self, *parts: signs.append(self) or digest(self, *parts))
+            with contextlib.suppress(WireError):
+                return door.find_hello(record, parse_client_hello(record), who, now)[0].name
+        return len(signs)
+
+    total_s = 0.0
+    while (count := tried(ip, size=16_384)) > 1:
+        total_s += count * 17.4e-6
+        assert total_s < 0.6
+    assert count == (ip == neighbour) and total_s > 0.5
+    assert tried(neighbour, f"{500:032x}") == "u500", "who was here before is served"
+    assert tried(ip, f"{700:032x}") == (ip == neighbour), "who was not waits"
+    assert tried(other, f"{700:032x}") == "u700", "and nobody else notices"
+    now += 3.0
+    assert tried(ip, f"{700:032x}") == "u700", "for a moment"
+
+
+def test_few_users_and_small_hellos_are_not_counted():
+    door = doorman()
+    record = signed_hello("ab" * 16, 1_700_000_000)
+    for _ in range(3):
+        with pytest.raises(WireError):
+            door.find_hello(record, parse_client_hello(record), "10.0.0.1", 1_700_000_000)
+    assert not door.users.effort._spent
+
+
+def test_spent_effort_is_bounded_and_survives_a_clock_that_jumps():
+    effort = Effort()
+    for n in range(3000):
+        effort.charge(f"10.0.{n >> 8}.{n & 255}", 1000.0, 1.0)
+    assert len(effort._spent) == 1024 and effort.is_spent("10.0.11.183", 1000.0) and not effort.is_spent("10.0.0.0", 1000.0)
+    assert effort.is_spent("10.0.11.183", 0.0) and not effort.is_spent("10.0.11.183", 1006.0)
 
 
 def test_timed_and_timeless_hellos_have_tables_of_their_own():

@@ -531,6 +531,14 @@ def test_public_secrets_warn() -> None:
         ["access.user_ad_tags", " the tag of user b is all zeros"]]
 
 
+def test_public_secrets_of_a_crowd_are_not_all_listed():
+    """Found from outside: 100,000 users with the zero secret were 100,000 lines of log at every start."""
+    users = "\n".join(f'u{n} = "{"0" * 32}"' for n in range(200))
+    warnings = load(f"[access.users]\n{users}\n[access.user_ad_tags]\n{users}").warnings
+    assert len(warnings) == 2 * 51 and warnings.count("and 150 more") == 2
+
+
+
 def test_zero_limits() -> None:
     loaded = load("access.user_max_unique_ips = {alice = 0, ghost = 0}\naccess.user_max_tcp_conns = {alice = 0}\n"
                   "access.user_data_quota.alice = 1")
