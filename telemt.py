@@ -23,21 +23,21 @@ contents; tools/house_check.py keeps this map true.  Missing numbers are rooms o
   13  loop        io    <- 1               poller, timers, signals, helper threads
   14  streams     io    <- 1 3 7 13        sockets; Arena and flows: where bytes move
   15  upstreams   io    <- 1 2 10 13 14    data-centre addresses, connect cycles
-  17  masking     io    <- 1 2 8 13 14    strangers see the real site
+  17  masking     io    <- 1-3 7 8 13 14    strangers see the real site; our ServerHello looks like its own
   18  relay       io    <- 1 11 13 14      a session that has both its ends
-  19  session     io    <- 1 2 4 6 7 10 11 13-15 18   from accept to a relay
-  20  server      io    <- 1-3 10 11 13-15 18 19    listeners, places, sweep, reload, links, stop, the seam to telemt_api.py
+  19  session     io    <- 1 2 4 6 7 10 11 13-15 17 18   from accept to a relay
+  20  server      io    <- 1-3 10 11 13-15 17-19    listeners, places, sweep, reload, links, stop, the seam to telemt_api.py
   21  ping        io    <- 1-4 6 7 13 14   a client of our own: through any proxy link to a data centre
   23  cli         io    <- 1-3 13 20 21    arguments, files, log on stdout, process set-up, main()
 
 The trip of one client.  `Listener` accepts; `Server._on_accept` gives it a place and a `ClientSession`, which sniffs the
 first bytes (`_sniff`).  A ClientHello goes to `Doorman.find_hello`, which tries secrets in the order of
-`UserTable.candidates`; `build_server_hello` answers.  Inside its records, or without any, come 64 bytes:
-`parse_client_preamble`.  A `Routing` takes over: `admit` reserves a place under the user's limits, `Upstreams.connect_dc`
-dials, and both streams are joined in a `DirectRelay` with two flows: `CopyFlow` or `UnwrapFlow` up, `CopyFlow` or
-`WrapFlow` down.  From then on every byte is moved by `Flow.run` and counted by the relay, until `DirectRelay.close` gives
-back the streams, the ticket and the place.  A peer that is no client leaves this path in one place,
-`ClientSession._stranger`.
+`UserTable.candidates`; `build_server_hello` answers in the shape that `FrontProfiles` measured at the mask host.  Inside its
+records, or without any, come 64 bytes: `parse_client_preamble`.  A `Routing` takes over: `admit` reserves a place under the
+user's limits, `Upstreams.connect_dc` dials, and both streams are joined in a `DirectRelay` with two flows: `CopyFlow` or
+`UnwrapFlow` up, `CopyFlow` or `WrapFlow` down.  From then on every byte is moved by `Flow.run` and counted by the relay,
+until `DirectRelay.close` gives back the streams, the ticket and the place.  A peer that is no client leaves this path in one
+place, `ClientSession._stranger`.
 
 The life of a link.  Links to Telegram's middle end (rooms 9, 12 and 16) come with a later release; until then every session
 is direct, and `general.use_middle_proxy = true` is answered with a warning at start.
@@ -3456,6 +3456,11 @@ class FlightReader:
         """True when anything arrived at all."""
         return bool(self._seen or self._data)
 
+    @property
+    def mid_record(self) -> bool:
+        """True while a record is cut."""
+        return bool(self._data)
+
     def feed(self, data: Bytes) -> None:
         """Take what arrived."""
         self._data += data
@@ -6476,7 +6481,15 @@ log_upstreams: Final = Log("upstreams")
 # Traps.  The mask host may be ourselves, behind a name, a forwarding rule or a
 # load balancer: a connection would then feed itself until nothing is left.
 # A limit on time or volume is a fingerprint; only silence ends a masked one.
-# Source: client-protocol.md 11, D7, D9, D19.
+#
+# Fronts.  Our answer to a client must look like the mask host's answer to the
+# same hello, so that host is asked now and then (every four to eight hours) with
+# a hello of ours: a Fetch makes up to three Probes one after another, at most
+# four domains at a time.  A Front is one configured domain with its profile and
+# its timer; FrontProfiles holds them all and the stock of key shares.  Clients
+# never wait for any of it: a default, then the file of the last run, then what
+# was measured.
+# Source: client-protocol.md 11, D7, D9, D19; tls-front.md 9.
 
 MASK_CONNECT_S: Final = 5.0              # name, addresses, connecting: all together
 MASK_SILENCE_S: Final = 120.0            # no byte in either direction
@@ -6766,6 +6779,461 @@ class MaskRelay:
         self.masks.ended(self)
 
 
+# -- the front: what the mask host answers to a hello, measured
+
+PROBE_ANSWER_S: Final = 5.0          # for the whole answer (tls-front.md 9.2)
+_PROBE_QUIET_S: Final = 0.4          # so long without a byte: the server waits for our Finished
+_PROBE_READ: Final = 16_384
+_FETCHES_MAX: Final = 4              # domains at once
+_FRONT_FRESH_S: Final = 4 * 3600.0   # a file this young is not checked at start
+_FRONT_STALE_S: Final = 72 * 3600.0
+_FRONT_OLD_S: Final = 30 * 86_400.0
+_REFRESH_S: Final = (14_400.0, 7_200.0, 7_200.0)     # at least, and two uniform draws upon it
+_RETRY_S: Final = 900.0              # after a failure; without a profile from 15 s on, doubled
+_RETRY_FIRST_S: Final = 15.0
+_FRONT_PATIENCE_S: Final = 5.0       # then a domain without a profile is worth a warning
+_UNRECOGNISED_NAME: Final = "alert 112"
+KEY_STOCK: Final = 64                # client-protocol.md D13
+_HYBRID_STOCK: Final = 16
+
+
+class Abortable(Protocol):
+    """A connection on its way; nobody is called after abort()."""
+
+    def abort(self) -> None: ...
+
+
+Connect: TypeAlias = "Callable[[Callable[[Stream | RouteError], None]], Abortable]"
+
+
+class Probe:
+    """One hello to the mask host and the measure of what comes back: `reader`, and `error`, empty when the answer can be used."""
+
+    __slots__ = ("loop", "reader", "error", "connected", "_dial", "_stream", "_unsent", "_limit", "_quiet", "_done")
+
+    def __init__(self, loop: Loop, connect: Connect, opening: bytes, done: Callable[[Probe], None]) -> None:
+        self.loop = loop
+        self.reader = FlightReader()
+        self.error = ""                        # the word for the log (tls-front.md 9.2)
+        self.connected = False
+        self._stream: Stream | None = None
+        self._unsent = opening
+        self._limit: Timer | None = None
+        self._quiet: Timer | None = None
+        self._done: Callable[[Probe], None] | None = done
+        self._dial: Abortable | None = connect(self._on_connected)
+
+    def abort(self) -> None:
+        """Close everything; done() is not called any more."""
+        self._done = None
+        for timer in (self._limit, self._quiet):
+            if timer is not None:
+                timer.cancel()
+        if self._dial is not None:
+            self._dial.abort()
+        if self._stream is not None:
+            self._stream.close()
+        self._limit = self._quiet = self._dial = self._stream = None
+
+    def _on_connected(self, result: Stream | RouteError) -> None:
+        self._dial = None
+        if isinstance(result, RouteError):
+            self._finish(str(result))
+            return
+        self.connected, self._stream = True, result
+        self._limit = self.loop.call_later(PROBE_ANSWER_S, self._on_limit)
+        result.watch(WRITE, self._on_ready)
+
+    def _on_ready(self, _mask: int) -> None:
+        assert self._stream is not None
+        try:
+            if self._unsent:
+                self._unsent = self._unsent[self._stream.write(self._unsent):]
+                self._stream.want(WRITE if self._unsent else READ)
+                return
+            data = self._stream.read(_PROBE_READ)
+            if data:
+                self.reader.feed(data)
+                self._rest()
+            elif data == b"":
+                self._end("closed")
+        except OSError:                        # reset: it ends like any other way to hang up
+            self._end("closed")
+        except WireError as error:
+            self._finish(str(error))
+
+    def _rest(self) -> None:
+        """Start to wait for silence, once there is something to measure and no record is cut."""
+        if self._quiet is not None:
+            self._quiet.cancel()
+        self._quiet = self.loop.call_later(_PROBE_QUIET_S, self._on_limit) if self.reader.flight and not self.reader.mid_record else None
+
+    def _on_limit(self) -> None:
+        self._end("timeout")
+
+    def _end(self, word: str) -> None:
+        self._finish("" if self.reader.flight else word)
+
+    def on_crash(self) -> None:
+        """Our own error in a step."""
+        self._finish("internal error")
+
+    def _finish(self, error: str) -> None:
+        done = self._done
+        self.error = error
+        self.abort()
+        if done is not None:
+            self.loop.call(done, self)         # through the loop: an error in there is its owner's
+
+
+class Fetch:
+    """Up to three probes for one domain.  done(fetch) comes once; `samples` is empty if none could be used, `error` says why."""
+
+    __slots__ = ("samples", "hello", "error", "_fronts", "_domain", "_header", "_probe", "_left", "_hybrid", "_done")
+
+    def __init__(self, fronts: FrontProfiles, domain: str, header: bytes, done: Callable[[Fetch], None]) -> None:
+        self.samples: list[int] = []
+        self.hello: ServerHello | None = None
+        self.error = ""
+        self._fronts, self._domain, self._header = fronts, domain, header
+        self._left = FRONT_SAMPLES
+        self._hybrid = True
+        self._done: Callable[[Fetch], None] | None = done
+        self._probe: Probe | None = None
+        self._ask()
+
+    def abort(self) -> None:
+        """Forget it."""
+        self._done = None
+        if self._probe is not None:
+            self._probe.abort()
+
+    def on_crash(self) -> None:
+        """Our own error in a step."""
+        self._finish("internal error")
+
+    def _ask(self) -> None:
+        fronts = self._fronts
+        hello = build_probe_hello(self._domain, fronts.make_key, fronts.entropy, self._hybrid)
+        self._probe = Probe(fronts.loop, fronts.connect, self._header + hello, self._on_answer)
+
+    def _on_answer(self, probe: Probe) -> None:
+        self._left -= 1
+        if not probe.error:
+            assert probe.reader.hello is not None
+            self.samples.append(probe.reader.flight)
+            self.hello = probe.reader.hello
+        elif not self.samples:
+            if self._hybrid and probe.connected and not probe.reader.heard and probe.error in ("closed", "timeout"):
+                self._hybrid = False           # perhaps something on the way cannot take a hello of two segments
+                self._left += 1
+            else:
+                self._finish(probe.error)
+                return
+        if self._left:
+            self._ask()
+        else:
+            self._finish("")
+
+    def _finish(self, error: str) -> None:
+        done, self._done = self._done, None
+        self.error = error
+        if done is not None:
+            self._fronts.loop.call(done, self)
+
+
+class Front:
+    """One configured domain: its profile, and when it is measured again."""
+
+    __slots__ = ("domain", "profile", "fetch", "failures", "fetched", "_fronts", "_default", "_timer", "_told")
+
+    def __init__(self, fronts: FrontProfiles, domain: str, default: FrontProfile) -> None:
+        self.domain, self._fronts = domain, fronts
+        self.profile = self._default = default
+        self.fetch: Fetch | None = None
+        self.failures = 0                      # fetches in a row
+        self.fetched = False                   # at least one worked in this process
+        self._timer: Timer | None = None
+        self._told: set[str] = set()           # warnings that come once per domain
+
+    def load(self, directory: str, now_wall: float) -> bool:
+        """Take the profile of an earlier run, if there is one and it is not too old."""
+        if not is_front_name(self.domain):
+            return False
+        path = os.path.join(directory, f"{self.domain}.json")
+        try:
+            named, profile = parse_front_file(*read_front_file(path))
+        except (OSError, ValueError):          # none, or none that we understand
+            return False
+        if not is_front_name(named):
+            log_masking.warn("Skipping TLS cache entry with invalid domain", file=ascii(path))
+        elif named.lower() == self.domain.lower():
+            if now_wall - profile.fetched_wall <= _FRONT_OLD_S:
+                self._take(profile)
+                return True
+            log_masking.warn("Skipping stale TLS cache entry (>72h)", domain=named)
+        return False
+
+    def age(self, now_wall: float) -> float:
+        """Seconds since the profile was measured; infinite without one.  A clock that was set back counts as no time."""
+        return max(0.0, now_wall - self.profile.fetched_wall) if self.profile.source != "default" else math.inf
+
+    def schedule(self, delay_s: float) -> None:
+        """Fetch in `delay_s` seconds."""
+        self.rest()
+        self._timer = self._fronts.loop.call_later(delay_s, self._on_due)
+
+    def rest(self) -> None:
+        """No fetch any more, until somebody says so."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self.fetch is not None:
+            self.fetch.abort()
+            self.fetch = None
+
+    def begin(self, header: bytes) -> None:
+        """Ask the mask host now."""
+        self.fetch = Fetch(self._fronts, self.domain, header, self._on_fetched)
+
+    def on_crash(self) -> None:
+        """Our own error in a step: try again, as after any other failure."""
+        self.rest()
+        self._fronts.ended(self)
+        self.schedule(_RETRY_S)
+
+    def _on_due(self) -> None:
+        self._timer = None
+        self._fronts.enqueue(self)
+
+    def _on_fetched(self, fetch: Fetch) -> None:
+        self.fetch = None
+        if fetch.samples:
+            self._measured(fetch)
+        else:
+            self._failed(fetch.error)
+        self._fronts.ended(self)
+
+    def _measured(self, fetch: Fetch) -> None:
+        assert fetch.hello is not None
+        fronts = self._fronts
+        self.fetched, self.failures = True, 0
+        self._take(profile_of(fetch.hello)._replace(flights=tuple(fetch.samples), fetched_wall=fronts.wall(), source="probe"))
+        log_masking.debug("TLS cache updated", domain=self.domain, len=max(fetch.samples))
+        if is_front_name(self.domain):
+            text = build_front_file(self.domain, self.profile, fetch.hello).decode()
+            fronts.loop.offload(functools.partial(write_front_file, fronts.directory, self.domain, text), self._on_written)
+        self.schedule(fronts.refresh_s())
+
+    def _take(self, profile: FrontProfile) -> None:
+        self.profile = profile
+        largest = max(profile.flights)
+        if largest > FLIGHT_MAX:
+            self._warn_once(f"front flight of {largest} bytes is more than clients accept; using {FLIGHT_MAX}", domain=self.domain)
+
+    def _on_written(self, result: object) -> None:
+        if isinstance(result, Exception):
+            self._warn_once("TLS cache write failed", domain=self.domain, error=result)
+
+    def _failed(self, error: str) -> None:
+        self.failures += 1
+        log_masking.warn("TLS emulation %s failed", "refresh" if self.fetched else "initial fetch", domain=self.domain, error=error)
+        if error == _UNRECOGNISED_NAME:        # what we remember is no longer what strangers see
+            log_masking.warn("front server does not know %s", self.domain)
+            self.profile = self._default
+        fronts = self._fronts
+        if self.profile.source != "default":
+            if self.failures == 3:
+                hours = self.age(fronts.wall()) / 3600
+                log_masking.warn("TLS front profile of %s is %.0f h old: three fetches in a row failed", self.domain, hours)
+            self.schedule(_RETRY_S)
+        else:
+            pause_s = min(_RETRY_S, _RETRY_FIRST_S * 2 ** min(self.failures - 1, 10))
+            self.schedule(pause_s * (0.8 + 0.4 * fronts.draw()))
+
+    def _warn_once(self, text: str, **fields: object) -> None:
+        word = text.partition(" of ")[0]
+        if word not in self._told:
+            self._told.add(word)
+            log_masking.warn("%s", text, **fields)
+
+
+class Stock:
+    """Values that take a while to make, kept ready: filled in idle moments once somebody asked."""
+
+    __slots__ = ("size", "_make", "_when_idle", "_ready", "_filling")
+
+    def __init__(self, size: int, make: Callable[[], bytes], when_idle: Callable[[Callable[[], bool]], None]) -> None:
+        self.size, self._make, self._when_idle = size, make, when_idle
+        self._ready: list[bytes] = []
+        self._filling = False                  # starts with the first client: a stock nobody asks for costs memory
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    def take(self) -> bytes:
+        """One of them; made on the spot when there is none."""
+        value = self._ready.pop() if self._ready else self._make()
+        if len(self._ready) < self.size // 2 and not self._filling:
+            self._filling = True
+            self._when_idle(self._fill)
+        return value
+
+    def clear(self) -> None:
+        """Nobody will ask for a while."""
+        self._ready.clear()
+
+    def _fill(self) -> bool:
+        self._filling = False                  # should this raise, the next client tries again
+        self._ready.append(self._make())
+        self._filling = len(self._ready) < self.size
+        return self._filling
+
+
+class FrontProfiles:
+    """How our ServerHello looks for each domain, and the key shares for it (tls-front.md 9)."""
+
+    def __init__(self, settings: Settings, loop: Loop, make_key: Callable[[], bytes], entropy: Entropy, connect: Callable[..., Abortable],
+                 wall: Clock = time.time) -> None:
+        """connect(settings, done): starts one connection to the mask host.  make_key: gives X25519 public keys."""
+        self.loop, self.make_key, self.entropy, self.wall = loop, make_key, entropy, wall
+        self._settings = settings
+        self._connect = connect
+        cert = settings.censorship
+        self.directory = cert.tls_front_dir
+        self._fronts: dict[str, Front] = {}
+        for domain in (cert.tls_domain, *cert.tls_domains):
+            self._fronts.setdefault(_front_key(domain), Front(self, domain, FrontProfile((self._default_size(cert),))))
+        self._primary = self._fronts[_front_key(cert.tls_domain)]
+        self._keys = Stock(KEY_STOCK, make_key, loop.when_idle)
+        self._hybrids = Stock(_HYBRID_STOCK, functools.partial(make_mlkem_ciphertext, entropy), loop.when_idle)
+        self._waiting: collections.deque[Front] = collections.deque()
+        self._running: set[Front] = set()
+        self._started = False
+        if cert.tls_emulation:
+            count = sum([front.load(self.directory, wall()) for front in self._fronts.values()])
+            if count:
+                log_masking.info("Loaded TLS cache entries from disk", count=count)
+
+    def _default_size(self, cert: Censorship) -> int:
+        size = float(cert.fake_cert_len)
+        if cert.tls_emulation:                 # +-3 %, drawn once per process and domain
+            size *= 0.97 + 0.06 * self.draw()
+        return min(max(round(size), FLIGHT_MIN), FLIGHT_MAX)
+
+    # -- for the session
+
+    def shape(self, server_name: str | None) -> FrontShape:
+        """Looks of one answer for a server name; unknown or missing: the primary domain's."""
+        return self._fronts.get(_front_key(server_name or ""), self._primary).profile.shape(self.entropy)
+
+    def share(self, group: int) -> bytes:
+        """A fresh server share: 32 bytes for X25519, 1120 for X25519MLKEM768 (the ciphertext first)."""
+        return self._hybrids.take() + self._keys.take() if group == GROUP_HYBRID else self._keys.take()
+
+    # -- the schedule
+
+    def start(self) -> None:
+        """Begin to measure; returns at once."""
+        self._started = True
+        if self._wanted():
+            self._plan()
+            self.loop.call_later(_FRONT_PATIENCE_S, self._on_patience)
+
+    def apply(self, settings: Settings) -> None:
+        """Take what a fetch uses and may change while we run: the mask target, and whether FakeTLS is wanted at all."""
+        before, was_wanted = self._target(), self._wanted()
+        self._settings = settings
+        if not self._started or (before == self._target() and was_wanted == self._wanted()):
+            return
+        for front in self._fronts.values():
+            front.rest()
+        self._waiting.clear()
+        self._running.clear()
+        if self._wanted():
+            self._plan(at_once=before != self._target())
+
+    def close(self) -> None:
+        """Stop everything that is under way."""
+        self._started = False
+        self._waiting.clear()
+        for front in self._fronts.values():
+            front.rest()
+
+    def enqueue(self, front: Front) -> None:
+        """`front` wants to be measured as soon as others are done."""
+        self._waiting.append(front)
+        self._next()
+
+    def ended(self, front: Front) -> None:
+        """A fetch came to its end."""
+        self._running.discard(front)
+        if all(one.profile.group != GROUP_HYBRID for one in self._fronts.values()):
+            self._hybrids.clear()
+        self._next()
+
+    def connect(self, done: Callable[[Stream | RouteError], None]) -> Abortable:
+        """Start one connection to the mask host as it is configured now."""
+        return self._connect(self._settings, done)
+
+    def refresh_s(self) -> float:
+        """Seconds until a profile is measured again."""
+        least, first, second = _REFRESH_S
+        return least + first * self.draw() + second * self.draw()
+
+    def draw(self) -> float:
+        """A number in [0, 1)."""
+        return int.from_bytes(self.entropy(4), "big") / (1 << 32)
+
+    def _wanted(self) -> bool:
+        return self._settings.censorship.tls_emulation and self._settings.general.modes.tls
+
+    def _target(self) -> tuple[object, ...]:
+        cert = self._settings.censorship
+        override = parse_dns_overrides(self._settings.network.dns_overrides).get(((cert.mask_host or "").lower(), cert.mask_port))
+        return cert.mask_host, cert.mask_port, cert.mask_unix_sock, bool(cert.mask_proxy_protocol), override
+
+    def _plan(self, at_once: bool = False) -> None:
+        """Give every domain the time of its next fetch: those that have nothing, or nothing recent, come first."""
+        ages = [(front.age(self.wall()), front) for front in self._fronts.values() if len(front.domain.encode()) <= 255]
+        for age, front in sorted(ages, key=lambda row: row[0] <= _FRONT_STALE_S):
+            front.schedule(self.refresh_s() - age if age < _FRONT_FRESH_S and not at_once else 0.0)
+
+    def _next(self) -> None:
+        while self._waiting and len(self._running) < _FETCHES_MAX:
+            front = self._waiting.popleft()
+            self._running.add(front)
+            version = self._settings.censorship.mask_proxy_protocol
+            front.begin(build_proxy_header(2 if version == 2 else 1, None, None) if version else b"")
+
+    def _on_patience(self) -> None:
+        for front in self._fronts.values():
+            if front.profile.source == "default" and self._wanted():
+                log_masking.warn("TLS-front fetch not ready within timeout; using cache/default fake cert fallback", domain=front.domain,
+                                 timeout_secs=int(_FRONT_PATIENCE_S), fake_cert_len=self._settings.censorship.fake_cert_len)
+
+
+def _front_key(domain: str) -> str:
+    """Name by which a domain is found: lower case, no trailing dot (tls-front.md D4)."""
+    return domain.lower().rstrip(".")
+
+
+def read_front_file(path: str) -> tuple[bytes, float]:
+    """Return (content, mtime) of a cache file.  Raises OSError, ValueError for what is none."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)             # a FIFO must not hold up the start
+    with open(fd, "rb") as file:
+        facts = os.fstat(fd)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > FRONT_FILE_MAX:
+            raise ValueError("not a file of at most 1 MiB")
+        return file.read(FRONT_FILE_MAX + 1), facts.st_mtime
+
+
+def write_front_file(directory: str, domain: str, text: str) -> None:
+    """Write the cache file of `domain` (is_front_name) whole or not at all; runs in a helper thread.  Raises OSError."""
+    os.makedirs(directory or ".", exist_ok=True)
+    write_whole(os.path.join(directory, f"{domain}.json"), text, replace=True)
+
+
 log_masking: Final = Log("masking")
 
 
@@ -7028,55 +7496,11 @@ class Core(RelayHost, Protocol):
     counters: Counters
     doorman: Doorman
     upstreams: Upstreams
-    fronts: Fronts
+    fronts: FrontProfiles
     handshakes: Lane[ClientSession]
 
     def hand_over(self, old: Connection, new: Connection) -> None:
         """`new` takes over the streams and the place of `old`."""
-
-
-class Fronts:
-    """Shapes of our ServerHello per domain, and a stock of ready X25519 keys (tls-front.md 9.3, 9.4)."""
-
-    STOCK: Final = 64
-
-    def __init__(self, settings: Settings, make_key: Callable[[], bytes], when_idle: Callable[[Callable[[], bool]], None],
-                 entropy: Entropy) -> None:
-        cert = settings.censorship
-        self._default = cert.tls_domain.lower()
-        self._shapes = {domain.lower(): FrontShape(self._size(cert, entropy)) for domain in (cert.tls_domain, *cert.tls_domains)}
-        self._make_key, self._when_idle = make_key, when_idle
-        self._keys: list[bytes] = []
-        self._filling = False                  # starts with the first client: a stock nobody asks for costs memory
-
-    @staticmethod
-    def _size(cert: Censorship, entropy: Entropy) -> int:
-        size = float(cert.fake_cert_len)
-        if cert.tls_emulation:                 # +-3 %, drawn once per process and domain
-            size *= 0.97 + 0.06 * int.from_bytes(entropy(4), "big") / 0xFFFFFFFF
-        return min(max(round(size), FLIGHT_MIN), FLIGHT_MAX)
-
-    def shape(self, server_name: str | None) -> FrontShape:
-        """Shape for a server name; unknown or missing: the primary domain's."""
-        return self._shapes.get((server_name or "").lower().rstrip("."), self._shapes[self._default])
-
-    def key(self) -> bytes:
-        """Return a fresh X25519 public key, 32 bytes."""
-        key = self._keys.pop() if self._keys else self._make_key()
-        if len(self._keys) < self.STOCK // 2:
-            self._fill()
-        return key
-
-    def _fill(self) -> None:
-        if not self._filling:
-            self._filling = True
-            self._when_idle(self._make_one)
-
-    def _make_one(self) -> bool:
-        self._filling = False                  # should this raise, the next client tries again
-        self._keys.append(self._make_key())
-        self._filling = len(self._keys) < self.STOCK
-        return self._filling
 
 
 class ClientSession:
@@ -7190,7 +7614,7 @@ class ClientSession:
         except WireError:
             log_session.warn("TLS replay attack detected (duplicate digest)", peer=self.peer)
             raise
-        flight = build_server_hello(hello, shape, group, self.core.fronts.key(), self.user.sign, os.urandom)
+        flight = build_server_hello(hello, shape, group, self.core.fronts.share(group), self.user.sign, os.urandom)
         self.inbox.take(len(record))
         self._enter(S.DELAY)
         self._answer_later(flight)
@@ -7572,12 +7996,19 @@ class Server:
         self.doorman.apply(settings.access)
         self.detected = detect_addresses(settings)
         self.upstreams = Upstreams(loop, settings, self.counters, decide_families(settings.network, *self.detected))
-        self.fronts = Fronts(settings, functools.partial(backend.x25519_public, os.urandom), loop.when_idle, os.urandom)
         self.handshakes: Lane[ClientSession] = loop.lane(settings.timeouts.client_handshake, ClientSession.on_deadline)
         self.half_closed: Lane[DirectRelay] = loop.lane(HALF_CLOSED_S, DirectRelay.on_half_closed_timeout)
         self.places = Places(slot_cap(fd_limit))
+        self.resolver = Resolver(loop)
+        self.resolver.overrides = parse_dns_overrides(settings.network.dns_overrides)
+        self.masks = Masks(loop, self.arena, self.resolver, self.places.cap, self.ended)
+        self.fronts = FrontProfiles(settings, loop, functools.partial(backend.x25519_public, os.urandom), os.urandom, self._dial_mask)
         self.sweep = Sweep(loop)
         self.stopping = False
+
+    def _dial_mask(self, settings: Settings, done: Callable[[Stream | RouteError], None]) -> MaskDial:
+        """A connection to the mask host that no client asked for."""
+        return MaskDial(self.masks, settings.censorship, None, done)
 
     def open_listeners(self) -> Iterator[tuple[ListenerEntry, int]]:
         """Bind every configured TCP listener, one a step; yield the ones that work, with their real port."""
@@ -7600,7 +8031,8 @@ class Server:
             yield entry, listener.address[1]
 
     def accept(self) -> None:
-        """Let clients in."""
+        """Let clients in, and begin what runs beside them."""
+        self.fronts.start()
         for listener in self.places.listeners:
             listener.resume()
 
@@ -7614,6 +8046,8 @@ class Server:
         """Put the hot keys of a configuration in force."""
         self.settings = merge_hot(self.settings, loaded.settings)
         self.doorman.apply(self.settings.access)
+        self.resolver.overrides = parse_dns_overrides(self.settings.network.dns_overrides)
+        self.fronts.apply(self.settings)
         telemetry = self.settings.general.telemetry
         self.counters.gate(telemetry.core_enabled, telemetry.me_level)
         self.count_users = self.settings.general.telemetry.user_enabled

@@ -191,7 +191,7 @@ class FakeCore:
         self.doorman = telemt.Doorman(BACKEND)
         self.doorman.apply(self.settings.access)
         self.upstreams = FakeUpstreams(self.loop)
-        self.fronts = telemt.Fronts(self.settings, lambda: b"k" * 32, self.loop.when_idle, random.Random(1).randbytes)
+        self.fronts = telemt.FrontProfiles(self.settings, self.loop, lambda: b"k" * 32, random.Random(1).randbytes, lambda *_: None)
         self.handshakes = self.loop.lane(30.0, telemt.ClientSession.on_deadline)
         self.half_closed = self.loop.lane(telemt.HALF_CLOSED_S, telemt.DirectRelay.on_half_closed_timeout)
         self.count_users = True

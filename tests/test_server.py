@@ -10,7 +10,7 @@ import telemt
 from telemt import Level, LogBook, Server, is_bogon, link_host, slot_cap, user_links
 from tests.cases import BACKEND, SECRET, TestLoop, client_preamble, read_all, settings_of
 
-LOCAL = '[server]\nport = 0\n[[server.listeners]]\nip = "127.0.0.1"\n'
+LOCAL = '[censorship]\ntls_emulation = false\n[server]\nport = 0\n[[server.listeners]]\nip = "127.0.0.1"\n'
 
 
 @pytest.fixture
@@ -326,8 +326,8 @@ def test_a_published_configuration_is_live_when_publish_returns(control):
 
 
 def test_links_of_a_user(make_server):
-    server = make_server(LOCAL.replace("127.0.0.1", "::1") + 'announce = "häuser.example"\n[general.links]\npublic_port = 8443\n'
-                         f'[censorship]\ntls_domain = "a.b"\n[access.users]\nzoe = "{SECRET}"')
+    server = make_server(LOCAL.replace("127.0.0.1", "::1").replace("false\n", 'false\ntls_domain = "a.b"\n')
+                         + f'announce = "häuser.example"\n[general.links]\npublic_port = 8443\n[access.users]\nzoe = "{SECRET}"')
     control = telemt.Control(server, "config.toml")
     link = f"tg://proxy?server=h%C3%A4user.example&port=8443&secret=ee{SECRET}612e62"
     assert control.links("zoe") == [telemt.Link("EE-TLS", link, "tls", "h%C3%A4user.example", "a.b")]

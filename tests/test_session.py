@@ -517,32 +517,3 @@ def test_illegal_moves_are_our_own_error(make_core, state):
                 session._enter(new)
     session.state = telemt.S.SNIFF
     client.close()
-
-
-# -- fronts
-
-
-def test_flight_size_is_drawn_once_per_domain_within_three_percent(make_core):
-    core = make_core('[censorship]\ntls_domain = "a.example"\ntls_domains = ["b.example"]\nfake_cert_len = 3000')
-    sizes = {core.fronts.shape(name).size for name in ("a.example", "A.EXAMPLE.", None, "unknown", "a.example")}
-    assert len(sizes) == 1 and 2910 <= sizes.pop() <= 3090
-    assert 2910 <= core.fronts.shape("b.example").size <= 3090
-
-
-@pytest.mark.parametrize(("text", "size"), [("fake_cert_len = 2048", 1500), ("fake_cert_len = 10", 64), ("fake_cert_len = 99999", 10_240)])
-def test_flight_size_without_emulation(make_core, text, size):
-    core = make_core(f"[censorship]\ntls_emulation = false\n{text}")
-    assert core.fronts.shape(None).size == size
-
-
-def test_key_stock_is_filled_when_idle_and_never_runs_dry(make_core):
-    made = []
-    core = make_core()
-    fronts = telemt.Fronts(core.settings, lambda: made.append(1) or b"%032d" % len(made), core.loop.when_idle, bytes)
-    assert fronts.key() == b"%032d" % 1
-    core.loop.settle()
-    assert len(made) == 65
-    for _ in range(40):
-        fronts.key()
-    core.loop.settle()
-    assert len(fronts._keys) == 64

@@ -77,6 +77,7 @@ POLICIES: dict[str, Policy] = {
     "telemt.py": Policy(
         lazy=HEAVY | {"argparse", "json", "marshal", "queue", "subprocess", "telemt_api", "threading",
                       "traceback"},              # a quiet proxy needs none
+        big_classes={"Server": "owner of everything that outlives a connection: a line each, and nothing else in it"},
         catch_all={
             "pick_backend": "whatever a crypto library throws at us, the next one may work (platform.md 3)",
             "Loop.call": "one callback costs what it belongs to, never the loop",
