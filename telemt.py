@@ -28,7 +28,8 @@ contents; tools/house_check.py keeps this map true.  Missing numbers are rooms o
   19  session     io    <- 1 2 4 6 7 10 11 13-15 17 18   from accept to a relay
   20  server      io    <- 1-3 10 11 13-15 17-19    listeners, places, sweep, reload, links, stop, the seam to telemt_api.py
   21  ping        io    <- 1-4 6 7 13 14   a client of our own: through any proxy link to a data centre
-  23  cli         io    <- 1-3 13 20 21    arguments, files, log on stdout, process set-up, main()
+  22  check       io    <- 1-3 14 20       what an operator would like to know before people complain
+  23  cli         io    <- 1-3 13 14 20-22    arguments, files, log on stdout, process set-up, main()
 
 The trip of one client.  `Listener` accepts; `Server._on_accept` gives it a place and a `ClientSession`, which sniffs the
 first bytes (`_sniff`).  A ClientHello goes to `Doorman.find_hello`, which tries secrets in the order of
@@ -7884,6 +7885,7 @@ log_session: Final = Log("session")
 # Owner of everything that outlives a connection: listeners, places, the sweep
 # over relays, and the orderly stop.
 
+FDS_WANTED: Final = 4096
 SLOTS_MAX: Final = 10_000                # connections at once, as in 3.2.1 (client-protocol.md D2)
 _SWEEP_S: Final = 10.0                   # idle and expiry rules are enforced this precisely (upstream-and-relay.md D23)
 _STOP_FLUSH_S: Final = 1.0               # bytes queued for clients may still go out for so long (config.md 8 item 17)
@@ -8529,7 +8531,10 @@ class Attempt:
         self.inbox, self.answer = Inbox(_REPLY_MAX), Inbox(_REPLY_MAX)
         self.records: RecordReader | None = None
         self.nonce, self.hello = os.urandom(16), b""
-        Dial(desk.loop, ip, link.port, desk.dials, self._on_connected)
+        if link.path:
+            desk.loop.defer(self._connect_unix)
+        else:
+            Dial(desk.loop, ip, link.port, desk.dials, self._on_connected)
 
     # -- steps
 
@@ -8538,6 +8543,12 @@ class Attempt:
         now = time.monotonic()
         self.times[self.step], self.step, self.began = now - self.began, step, now
         self.desk.steps.arm(self)
+
+    def _connect_unix(self) -> None:
+        try:
+            self._on_connected(connect_unix(self.desk.loop, self.link.path))
+        except OSError as error:
+            self._fail(str(error.strerror))
 
     def _on_connected(self, result: Stream | RouteError) -> None:
         if isinstance(result, RouteError):
@@ -8689,7 +8700,7 @@ class PingRun:
 
     def start(self) -> None:
         """Look the host up, then ask each data centre."""
-        if parse_ip(self.link.host) is not None:
+        if self.link.path or parse_ip(self.link.host) is not None:
             self._on_resolved([self.link.host])
         else:
             resolve(self.desk.loop, self.link.host, self.link.port, self._on_resolved)
@@ -8795,6 +8806,321 @@ def draw_pong(pong: Pong) -> str:
     return f"{row}{'failed':>10}\n      at {pong.step}: {pong.reason}" if pong.step else row + cell(pong.total_s)
 
 
+# == 22. check ===============================================================
+# What an operator would like to know before people complain: findings, each
+# with what is wrong, why it matters, and the line or command that cures it.
+# First what the configuration says by itself, then what this machine says, then
+# (not with --offline) what the network says; the last with 3 s each, side by
+# side.  Nothing is served, written or kept open.
+# Source: config.md 6.5.
+
+_PROBE_LIMIT_S: Final = 3.0
+_CLOCK_LIMIT_S: Final = 30.0             # the middle end refuses more (middle-proxy-wire.md 2.1); FakeTLS clients bear 10 minutes
+_CLOCK_HOST: Final = "core.telegram.org"
+_WORLD: Final = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
+_ALL_ZERO: Final = "0" * 32
+
+
+class Finding(NamedTuple):
+    """One answer of `check`."""
+
+    key: str                 # what it is about: a configuration key, or `process`, `network`
+    what: str
+    why: str = ""
+    cure: str = ""
+    note: bool = False       # good to know, nothing to mend
+
+
+def look_at_config(loaded: Loaded) -> Iterator[Finding]:
+    """What the configuration says by itself."""
+    settings = loaded.settings
+    yield from _look_at_keys(loaded)
+    yield from _look_at_users(settings.access, loaded.users_explicit)
+    yield from _look_at_route(settings)
+    yield from _look_at_exposure(settings.server)
+
+
+def _look_at_keys(loaded: Loaded) -> Iterator[Finding]:
+    for path, names in loaded.unknown.items():
+        for name in names:
+            near = suggest_key(path, name)
+            where = f"{path}.{name}" if path else name
+            yield Finding(where, "unknown key, ignored", "what it should change stays as it is",
+                          f"write {near} instead" if near else f"remove {name}")
+    said = {*unknown_key_warnings(loaded.unknown), *zero_limit_warnings(loaded.settings.access)}
+    for text in (*loaded.errors, *loaded.warnings):
+        if text not in said:
+            yield Finding("config", text, cure="see the key in docs/configuration.md")
+    if loaded.without_effect:
+        yield Finding("config", f"without effect in this program: {', '.join(loaded.without_effect)}", note=True)
+
+
+def _look_at_users(access: Access, explicit: bool) -> Iterator[Finding]:
+    now = time.time()
+    if not explicit:
+        yield Finding("access.users", "no user is configured: there is only `default` with the secret of all zeros", "everybody knows it",
+                      'write [access.users] and under it NAME = "32 hex characters"; openssl rand -hex 16 makes them')
+    owners: dict[str, list[str]] = {}
+    for name, secret in access.users.items():
+        owners.setdefault(secret.lower(), []).append(name)
+    for secret, names in owners.items():
+        if secret == _ALL_ZERO and explicit:
+            yield Finding("access.users", f"all-zero secret of {_some(names)}", "everybody knows it, scanners try it first",
+                          "openssl rand -hex 16 makes a secret")
+        elif len(names) > 1:
+            yield Finding("access.users", f"one secret for {_some(names)}", "all of them count as the first one: limits, quota, statistics",
+                          "give each a secret of its own; openssl rand -hex 16 makes one")
+    limits = {"user_max_tcp_conns": access.user_max_tcp_conns, "user_data_quota": access.user_data_quota,
+              "user_max_unique_ips": access.user_max_unique_ips}
+    blocked: dict[str, list[str]] = {
+        "user_enabled": [name for name in access.users if not access.user_enabled.get(name, True)],
+        "user_expirations": [name for name, until in access.user_expirations.items() if until.timestamp() < now and name in access.users],
+        **{key: [name for name, limit in table.items() if limit == 0 and name in access.users] for key, table in limits.items()}}
+    words = {"user_enabled": ("switched off", "remove the entry or write true"), "user_expirations": ("expired", "write a later date")}
+    for key, names in blocked.items():
+        if names:
+            what, cure = words.get(key, ("blocked by a limit of 0", "no limit = remove the entry"))
+            yield Finding(f"access.{key}", f"{what}: {_some(names)}", "their links do not work", cure)
+    if access.users and len({name for names in blocked.values() for name in names}) == len(access.users):
+        yield Finding("access.users", "no user is usable", "nobody can connect", "see the findings about users")
+    for key, table in (*limits.items(), ("user_expirations", access.user_expirations), ("user_ad_tags", access.user_ad_tags)):
+        strangers = [name for name in table if name not in access.users]
+        if strangers:
+            yield Finding(f"access.{key}", f"entry for no user: {_some(strangers)}", "probably a name was changed in one place only",
+                          "write the name as in [access.users]", note=True)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first ten names."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _look_at_route(settings: Settings) -> Iterator[Finding]:
+    general = settings.general
+    if not general.use_middle_proxy:
+        if general.ad_tag or settings.access.user_ad_tags:
+            yield Finding("general.ad_tag",
+                          "ad tag without effect: it is sent only through the middle end (general.use_middle_proxy = true)",
+                          "the sponsored channel is not shown", "general.use_middle_proxy = true, or remove the tag")
+        else:
+            yield Finding("general.use_middle_proxy",
+                          "direct mode: no ad tag; media of other DCs and of the CDN may not load for some accounts; "
+                          "the middle end is the remedy", note=True)
+    elif general.auto_degradation_enabled:
+        yield Finding("general.auto_degradation_enabled",
+                      "while the middle end is not usable new sessions go direct: no ad tag, media of other DCs may not load "
+                      "(general.auto_degradation_enabled = false: they wait and close instead)", note=True)
+    if not any(entry.enabled for entry in settings.upstreams):
+        yield Finding("upstreams", "no enabled upstream", "every connection to Telegram will fail",
+                      'add [[upstreams]] with type = "direct"')
+
+
+def _look_at_exposure(server: ServerSettings) -> Iterator[Finding]:
+    api = server.api
+    place = parse_ip_port(api.listen)
+    if api.enabled and place is not None:
+        ip, port = place
+        open_to_all = not api.whitelist or any(net in _WORLD for net in api.whitelist)
+        if port and not ip.is_loopback and open_to_all and not api.auth_header:
+            yield Finding("server.api.whitelist", f"the API at {api.listen} is open to the world",
+                          "who finds it reads all secrets and adds users",
+                          'whitelist = ["127.0.0.1/32"], and auth_header = "a long random text"')
+        elif port and not ip.is_loopback and not api.auth_header:
+            yield Finding("server.api.auth_header", f"the API at {api.listen} asks for no Authorization header",
+                          "every program on a machine of the whitelist reads all secrets", 'auth_header = "a long random text"', note=True)
+    wide = server.metrics_port or server.metrics_listen
+    if wide and (not server.metrics_whitelist or any(net in _WORLD for net in server.metrics_whitelist)):
+        yield Finding("server.metrics_whitelist", "the metrics are open to the world", "user names and traffic are shown to everybody",
+                      'metrics_whitelist = ["127.0.0.1/32"] or the address of your Prometheus')
+
+
+# -- this machine
+
+def look_at_machine(settings: Settings, path: str) -> Iterator[Finding]:
+    """What this machine says: ports, descriptors, cryptography, directories."""
+    yield from _look_at_ports(settings)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard != resource.RLIM_INFINITY and hard < FDS_WANTED:
+        yield Finding("process", f"at most {hard} open files: {slot_cap(hard)} connections", "a Telegram app opens up to 12",
+                      "LimitNOFILE=65536 in the unit, or ulimit -n 65536")
+    yield from _look_at_crypto()
+    yield from _look_at_paths(settings, path)
+
+
+def _look_at_ports(settings: Settings) -> Iterator[Finding]:
+    server = settings.server
+    wanted = [("server.port", str(entry.ip), server.port, entry.reuse_allow) for entry in server.listeners
+              if (settings.network.ipv6 if entry.ip.version == 6 else settings.network.ipv4)]
+    place = parse_ip_port(server.api.listen)
+    if server.api.enabled and place is not None:
+        wanted.append(("server.api.listen", str(place[0]), place[1], False))
+    for key, ip, port, shared in wanted:
+        try:
+            bind_tcp(ip, port, shared).close()
+        except OSError as error:
+            yield _explain_bind(key, ip, port, error)
+
+
+def _explain_bind(key: str, ip: str, port: int, error: OSError) -> Finding:
+    where = format_address(ip, port)
+    if error.errno == errno.EADDRINUSE:
+        owners = port_owners(port)
+        names = ", ".join(f"{name} (pid {pid})" for pid, name in owners) or "a process that this user may not see"
+        if owners and all(name == "telemt" for _, name in owners):
+            return Finding(key, f"{where} is held by {names}: the proxy is running", note=True)
+        return Finding(key, f"{where} is in use by {names}", "the proxy cannot listen there", "stop that program, or take another port")
+    if error.errno == errno.EACCES:
+        return Finding(key, f"{where}: no permission", f"ports below 1024 need root or CAP_NET_BIND_SERVICE (this is user {os.geteuid()})",
+                       "AmbientCapabilities=CAP_NET_BIND_SERVICE in the unit, or a port above 1023")
+    if ":" in ip and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+        return Finding(key, f"{where}: this machine has no IPv6", cure="network.ipv6 = false", note=True)
+    return Finding(key, f"{where}: {error.strerror}", "the proxy cannot listen there", "see `ip address` for what this machine has")
+
+
+def _look_at_crypto() -> Iterator[Finding]:
+    try:
+        backend = pick_backend(os.environ.get("TELEMT_CRYPTO", ""))
+    except ConfigError as error:
+        yield Finding("TELEMT_CRYPTO", str(error), "the proxy does not start", "unset TELEMT_CRYPTO")
+        return
+    if backend.name == "python":
+        yield Finding("process", "no AES library: pure Python does 1 MB/s", "enough for chat, not for media",
+                      "pip install cryptography, or apt install python3-cryptography, or opkg install python3-ctypes libopenssl")
+    else:
+        yield Finding("process", f"crypto backend {backend.name}", note=True)
+
+
+def _look_at_paths(settings: Settings, path: str) -> Iterator[Finding]:
+    folder = os.path.dirname(os.path.abspath(path))
+    if settings.server.api.enabled and not settings.server.api.read_only and not os.access(folder, os.W_OK):
+        yield Finding("server.api", f"{folder} is not writable for this user", "the API answers every change with 500",
+                      f"ReadWritePaths={folder} in the unit, or server.api.read_only = true")
+    mode = os.stat(path).st_mode
+    if mode & 0o004:
+        yield Finding("config", f"{path} is readable by every user of this machine", "it holds all secrets", f"chmod 600 {path}", note=True)
+    sock = settings.censorship.mask_unix_sock
+    if settings.censorship.mask and sock and not os.path.exists(sock):
+        yield Finding("censorship.mask_unix_sock", f"{sock} does not exist", "strangers get no answer, which is how a proxy looks",
+                      "start the web server, or correct the path")
+
+
+# -- the network
+
+def network_probes(settings: Settings) -> dict[str, Callable[[], Sequence[Finding]]]:
+    """Name for the progress line -> call that blocks for a few seconds, for every probe that this configuration asks for."""
+    probes: dict[str, Callable[[], Sequence[Finding]]] = {_CLOCK_HOST: functools.partial(probe_clock, _CLOCK_HOST)}
+    cert = settings.censorship
+    if cert.mask and not cert.mask_unix_sock:
+        probes["mask host"] = functools.partial(probe_mask, settings)
+    return probes
+
+
+def run_probes(probes: Mapping[str, Callable[[], Sequence[Finding]]], tell: Callable[[str], None]) -> list[Finding]:
+    """Findings of all probes, side by side, in their order; one that takes too long is a finding itself.
+
+    tell: gets the names of those that are not back yet, and "" at the end.
+    """
+    import queue
+    import threading
+    answers: queue.SimpleQueue[tuple[str, Sequence[Finding]]] = queue.SimpleQueue()
+
+    def work(name: str, probe: Callable[[], Sequence[Finding]]) -> None:
+        try:
+            found = probe()
+        except (ImportError, LookupError, OSError, ValueError) as error:       # a smaller Python, or an odd network
+            found = [Finding("network", f"{name} could not be asked: {error}", note=True)]
+        answers.put((name, found))
+
+    for name, probe in probes.items():
+        threading.Thread(target=work, args=(name, probe), daemon=True).start()
+    results: dict[str, Sequence[Finding]] = {}
+    until = time.monotonic() + _PROBE_LIMIT_S + 1.0     # what has no limit of its own is name resolution
+    with contextlib.suppress(queue.Empty):
+        while len(results) < len(probes):
+            tell(", ".join(name for name in probes if name not in results))
+            name, found = answers.get(timeout=max(0.001, until - time.monotonic()))
+            results[name] = found
+    tell("")
+    return [finding for name in probes for finding in results.get(name, [
+        Finding("network", f"{name}: no answer in {_PROBE_LIMIT_S:.0f} s", "slow name resolution, or a firewall that drops")])]
+
+
+def probe_clock(name: str) -> Sequence[Finding]:
+    """Compare our clock with the one that a web server puts into its answers."""
+    import email.utils
+    import http.client
+    connection = http.client.HTTPSConnection(name, timeout=_PROBE_LIMIT_S)
+    try:
+        connection.request("HEAD", "/", headers={"User-Agent": "curl/8"})
+        date = connection.getresponse().getheader("Date")
+    finally:
+        connection.close()
+    if not date:
+        return []
+    ahead = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
+    if abs(ahead) <= _CLOCK_LIMIT_S:
+        return []
+    return [Finding("process", f"the clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} that of {name}",
+                    "the middle end refuses more than 30 s, FakeTLS clients more than 10 minutes",
+                    "timedatectl set-ntp true, or ntpd -q -p pool.ntp.org")]
+
+
+def probe_mask(settings: Settings) -> Sequence[Finding]:
+    """Is the mask host there, somebody else than us, and does its certificate fit every domain of the links?"""
+    cert = settings.censorship
+    host, port = cert.mask_host or cert.tls_domain, cert.mask_port
+    try:
+        addresses = _look_up(host, port, settings.network.dns_overrides)
+    except OSError as error:
+        return [Finding("censorship.mask_host", f"{host} does not resolve: {error.strerror}", _NO_MASK, _MASK_CURE)]
+    if port == settings.server.port and any(map(is_local_ip, addresses)):
+        return [Finding("censorship.mask_host", f"{format_address(host, port)} is this proxy itself",
+                        "strangers would go round in a circle; they are closed instead", "let mask_host and mask_port name a web server")]
+    found = []
+    for domain in (cert.tls_domain, *cert.tls_domains):
+        try:
+            trouble = _certificate_trouble(domain, addresses[0], port)
+        except OSError as error:
+            return [Finding("censorship.mask_host", f"{format_address(host, port)} is unreachable: {error.strerror or error}", _NO_MASK,
+                            _MASK_CURE)]
+        if trouble:
+            found.append(Finding("censorship.tls_domain", f"{format_address(host, port)} for {domain}: {trouble}",
+                                 "a prober sees that this server is not that site", f"choose a tls_domain that {host} serves with TLS 1.3"))
+    return found
+
+
+_NO_MASK: Final = "strangers get no answer, which is how a proxy looks"
+_MASK_CURE: Final = "correct mask_host and mask_port (default: tls_domain, 443), or the firewall"
+
+
+def _look_up(host: str, port: int, overrides: Iterable[str]) -> list[str]:
+    """Addresses of a host, overrides first.  Blocks; raises OSError."""
+    override = parse_dns_overrides(overrides).get((host.lower(), port))
+    if override is not None:
+        return [str(override)]
+    return list(dict.fromkeys(str(row[4][0]) for row in socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)))
+
+
+def _certificate_trouble(domain: str, ip: str, port: int) -> str:
+    """What is wrong with the TLS that a server offers for `domain`; empty if nothing is.  Blocks; raises OSError without a connection."""
+    import ssl
+    context = ssl.create_default_context()
+    with socket.create_connection((ip, port), _PROBE_LIMIT_S) as sock:
+        try:
+            with context.wrap_socket(sock, server_hostname=domain) as tls:
+                return "" if tls.version() == "TLSv1.3" else f"speaks {tls.version()} only"
+        except ssl.SSLCertVerificationError as error:
+            return f"certificate not valid: {error.verify_message}"
+        except (ssl.SSLError, ConnectionError, TimeoutError) as error:
+            return f"no TLS: {getattr(error, 'reason', None) or error}"
+
+
+def draw_finding(finding: Finding) -> list[str]:
+    """Lines of one finding; the first says whether something has to be done."""
+    lines = [f"{'note' if finding.note else 'PROBLEM':<8}{finding.key}: {finding.what}"]
+    return lines + [f"        {word}: {text}" for word, text in (("why", finding.why), ("do", finding.cure)) if text]
+
+
 # == 23. cli =================================================================
 # Arguments, files, the log on stdout, process set-up, exit codes.
 # Source: config.md 5, 6 and 8 items 13-20; platform.md 4.
@@ -8810,6 +9136,11 @@ usage: telemt.py [CONFIG] [options]
   -V, --version         print the version
   -h, --help            print this text
 
+       telemt.py check [CONFIG] [--json] [--offline]     what is wrong or missing, without serving
+       telemt.py links [CONFIG] [--user NAME] [--qr] [--json]
+       telemt.py ping LINK... [--dc N] [--count N] [--json]    a real client through any proxy link
+       telemt.py healthcheck [CONFIG]                    for containers: ping the own listener
+
 environment: RUST_LOG=LEVEL wins over --log-level; TELEMT_CRYPTO=cryptography|libcrypto|pycryptodome|python forces a backend
 """
 _SUBCOMMANDS: Final = ("check", "ping", "links", "healthcheck", "top")
@@ -8821,7 +9152,6 @@ _RUST_LEVELS: Final = {"off": Level.ERROR + 1, "error": Level.ERROR, "warn": Lev
 _COLORS: Final = {Level.TRACE: "\x1b[35m", Level.DEBUG: "\x1b[34m", Level.INFO: "\x1b[32m", Level.WARN: "\x1b[33m",
                   Level.ERROR: "\x1b[31m"}
 _TEXT_SPACE: Final = "\t"                       # the DC table of upstream-and-relay.md 12 has tabs
-_FDS_WANTED: Final = 4096
 _FEW_USERS: Final = 16                            # up to here a stranger's hello costs at most 0.1 ms of SHA-256
 _DEFAULT_CONFIG: Final = """\
 # Written by telemt.py on its first start.  More keys: the sample config.toml of the project.
@@ -9060,7 +9390,7 @@ def raise_fd_limit() -> int:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if soft < _FDS_WANTED:
+    if soft < FDS_WANTED:
         log_cli.warn("open file limit is %d: at most %d connections (raise it with ulimit -n or LimitNOFILE=)", soft, slot_cap(soft))
     return soft
 
@@ -9377,7 +9707,187 @@ def dump_pongs(links: Sequence[ProxyLink], results: Sequence[Sequence[Pong]]) ->
     } for link, pongs in zip(links, results, strict=True)], indent=2, ensure_ascii=False)
 
 
-SUBCOMMANDS: Final[dict[str, Callable[[Sequence[str]], int]]] = {"ping": ping}
+def check(words: Sequence[str]) -> int:
+    """`check [CONFIG]`: 0 nothing found, 1 something, 2 the configuration does not load."""
+    parser = make_parser("check", "Validate a configuration as a start would, then look around without serving.")
+    parser.add_argument("config", nargs="?", default="config.toml", metavar="CONFIG", help="configuration file (default: config.toml)")
+    parser.add_argument("--json", action="store_true", help="one JSON document")
+    parser.add_argument("--offline", action="store_true", help="ask nothing over the network")
+    options = parser.parse_args(words)
+    try:
+        loaded = load_for(options.config)
+    except ConfigError as error:
+        if options.json:
+            say(dump_findings(options.config, str(error), []))
+        else:
+            complain(f"telemt.py check: {error}")
+        return 2
+    findings = [*look_at_config(loaded), *look_at_machine(loaded.settings, options.config)]
+    if not options.offline:
+        findings += run_probes(network_probes(loaded.settings), progress_line())
+    problems = sum(not finding.note for finding in findings)
+    if options.json:
+        say(dump_findings(options.config, "", findings))
+    else:
+        for finding in sorted(findings, key=lambda finding: finding.note):
+            say("\n".join(draw_finding(finding)))
+        say(f"{options.config}: {problems or 'no'} problem{'' if problems == 1 else 's'}")
+    return int(problems > 0)
+
+
+def load_for(path: str) -> Loaded:
+    """The configuration for a subcommand.  Raises ConfigError that names the file, whatever is wrong with it."""
+    try:
+        return load_config(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", prefix=False) from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}", prefix=False) from None
+
+
+def progress_line() -> Callable[[str], None]:
+    """A call that shows what is waited for on a terminal, and nothing elsewhere."""
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        return lambda waiting: None
+    return lambda waiting: complain_part(f"\r\x1b[Kasking {waiting} ..." if waiting else "\r\x1b[K")
+
+
+def complain_part(text: str) -> None:
+    """Text on stderr without an end of line."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def dump_findings(path: str, error: str, findings: Sequence[Finding]) -> str:
+    """JSON of a check."""
+    import json
+    rows = [{"key": row.key, "what": row.what, "why": row.why or None, "cure": row.cure or None, "problem": not row.note}
+            for row in findings]
+    return json.dumps({"config": path, "loads": not error, "error": error or None, "ok": not error and all(row.note for row in findings),
+                       "findings": rows}, indent=2, ensure_ascii=False)
+
+
+def links(words: Sequence[str]) -> int:
+    """`links [CONFIG]`: the links of all users or of one; 1 if the configuration does not load or there is no such user."""
+    parser = make_parser("links", "The links of the users, as the running proxy would print them.")
+    parser.add_argument("config", nargs="?", default="config.toml", metavar="CONFIG", help="configuration file (default: config.toml)")
+    parser.add_argument("--user", metavar="NAME", help="only this user")
+    parser.add_argument("--qr", action="store_true", help="each with a QR code to photograph (needs telemt_api.py)")
+    parser.add_argument("--json", action="store_true", help="one JSON document")
+    options = parser.parse_args(words)
+    try:
+        settings = load_for(options.config).settings
+    except ConfigError as error:
+        complain(f"telemt.py links: {error}")
+        return 1
+    users = settings.access.users
+    if options.user is not None and options.user not in users:
+        complain(f"telemt.py links: {options.config}: no user {options.user!r} in [access.users]")
+        return 1
+    names = [options.user] if options.user is not None else sorted(users, key=str.encode)
+    hosts = link_hosts(settings, detect_addresses(settings))
+    if not hosts:
+        complain("telemt.py links: no public address known: set general.links.public_host")
+        return 1
+    port = settings.server.port if settings.general.links.public_port is None else settings.general.links.public_port
+    rows = [(name, link) for name in names for host in hosts for link in user_links(settings, users[name], host, port)]
+    if options.json:
+        say(dump_links(rows, port))
+        return 0
+    draw = qr_painter() if options.qr else lambda link: []
+    if draw is None:
+        complain("telemt.py links: --qr needs telemt_api.py beside telemt.py")
+        return 1
+    for name, link in rows:
+        say("\n".join([f"{printable(name)}  {link.label}: {link.link}", *draw(link.link)]))
+    return 0
+
+
+def printable(text: str) -> str:
+    """A name from a configuration, harmless for a terminal."""
+    return text if text.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def qr_painter() -> Callable[[str], list[str]] | None:
+    """Call that draws a link in half blocks, or None without telemt_api.py."""
+    try:
+        api = importlib.import_module("telemt_api")
+    except ImportError:
+        return None
+    plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
+    return lambda link: api.draw_qr(api.make_qr(link), plain)
+
+
+def dump_links(rows: Sequence[tuple[str, Link]], port: int) -> str:
+    """JSON of links."""
+    import json
+    return json.dumps([{
+        "user": name, "kind": row.kind, "host": row.host, "port": port, "domain": row.domain or None, "link": row.link,
+        "web_link": row.link.replace("tg://proxy", "https://t.me/proxy", 1)} for name, row in rows], indent=2, ensure_ascii=False)
+
+
+def healthcheck(words: Sequence[str]) -> int:
+    """`healthcheck [CONFIG]`: 0 if a client of ours gets an answer from a data centre and the API, where it is on, says ok."""
+    parser = make_parser("healthcheck", "Ping the own listener with the first usable user, and ask the API where it is on.")
+    parser.add_argument("config", nargs="?", default="config.toml", metavar="CONFIG", help="configuration file (default: config.toml)")
+    options = parser.parse_args(words)
+    try:
+        settings = load_for(options.config).settings
+        link = own_link(settings)
+    except ConfigError as error:
+        complain(f"telemt.py healthcheck: {error}")
+        return 1
+    pong = ping_one(link, [2], aloud=False)[0]
+    trouble = f"{link.where}: failed at {pong.step}: {pong.reason}" if pong.step else ask_api(settings.server.api)
+    if trouble:
+        complain(f"telemt.py healthcheck: {trouble}")
+        return 1
+    say(f"{link.where}: healthy, {pong.total_s * 1000:.0f} ms to data centre 2")
+    return 0
+
+
+def own_link(settings: Settings) -> ProxyLink:
+    """A link to ourselves for the first usable user.  Raises ConfigError if there is none."""
+    access, modes, server = settings.access, settings.general.modes, settings.server
+    now = time.time()
+    limits = (access.user_max_tcp_conns, access.user_data_quota, access.user_max_unique_ips)
+    usable = [name for name in access.users if access.user_enabled.get(name, True) and all(table.get(name) != 0 for table in limits)
+              and (name not in access.user_expirations or access.user_expirations[name].timestamp() > now)]
+    if not usable:
+        raise ConfigError("no user is usable (disabled, expired or blocked by 0)", prefix=False)
+    mode = "ee" if modes.tls else "dd" if modes.secure else "classic"
+    secret, domain = bytes.fromhex(access.users[usable[0]]), settings.censorship.tls_domain if mode == "ee" else ""
+    for entry in server.listeners:
+        if settings.network.ipv6 if entry.ip.version == 6 else settings.network.ipv4:
+            host = str(entry.ip) if not entry.ip.is_unspecified else "::1" if entry.ip.version == 6 else "127.0.0.1"
+            announced = server.proxy_protocol if entry.proxy_protocol is None else entry.proxy_protocol
+            return ProxyLink(host, server.port, secret, mode, domain, b"PROXY UNKNOWN\r\n" if announced else b"")
+    if server.listen_unix_sock:
+        return ProxyLink("", 0, secret, mode, domain, b"PROXY UNKNOWN\r\n" if server.proxy_protocol else b"", server.listen_unix_sock)
+    raise ConfigError("no listener is configured", prefix=False)
+
+
+def ask_api(api: Api) -> str:
+    """What is wrong with our own API; empty if it is off or says ok."""
+    place = parse_ip_port(api.listen)
+    if not api.enabled or place is None or not place[1]:
+        return ""
+    import http.client
+    ip, port = place
+    host = str(ip) if not ip.is_unspecified else "::1" if ip.version == 6 else "127.0.0.1"
+    connection = http.client.HTTPConnection(host, port, timeout=3)
+    try:
+        connection.request("GET", "/v1/health", headers={"Authorization": api.auth_header} if api.auth_header else {})
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        return f"API at {format_address(host, port)}: {error}"
+    finally:
+        connection.close()
+    return "" if status == 200 else f"API at {format_address(host, port)}: HTTP status {status}"
+
+
+SUBCOMMANDS: Final[dict[str, Callable[[Sequence[str]], int]]] = {"check": check, "healthcheck": healthcheck, "links": links, "ping": ping}
 
 
 # -- --init (config.md 6.2, 8 item 20)
