@@ -9105,7 +9105,9 @@ def _certificate_trouble(domain: str, ip: str, port: int) -> str:
     """What is wrong with the TLS that a server offers for `domain`; empty if nothing is.  Blocks; raises OSError without a connection."""
     import ssl
     context = ssl.create_default_context()
-    with socket.create_connection((ip, port), _PROBE_LIMIT_S) as sock:
+    with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET) as sock:
+        sock.settimeout(_PROBE_LIMIT_S)
+        sock.connect((ip, port))
         try:
             with context.wrap_socket(sock, server_hostname=domain) as tls:
                 return "" if tls.version() == "TLSv1.3" else f"speaks {tls.version()} only"
