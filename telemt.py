@@ -1051,7 +1051,7 @@ def _open_string(line: str, inside: str) -> str:
         at, inside = token.end(), token[0]
 
 
-def _include_target(line: str) -> str | None:
+def include_target(line: str) -> str | None:
     """Return the path of an include line, None for any other line (config.md 8 item 21)."""
     rest = line.strip().removeprefix("include").strip() if line.strip().startswith("include") else ""
     if not rest.startswith("="):
@@ -1079,7 +1079,7 @@ class _Expansion:
             raise ConfigError(f"Include depth > {INCLUDE_DEPTH_MAX}: {' -> '.join(chain)}")
         for line in text.removeprefix("\ufeff").split("\n"):
             line = line.removesuffix("\r")
-            wanted = None if self._inside else _include_target(line)
+            wanted = None if self._inside else include_target(line)
             if wanted is None:
                 self.lines.append(line)
                 self._inside = _open_string(line, self._inside)
@@ -8312,6 +8312,7 @@ class Control:
         self.started_wall = time.time()
         self.sources = server.sources
         self.log = Log("api")
+        self.config_error: type[Exception] = ConfigError
 
     @property
     def settings(self) -> Settings:
@@ -8376,9 +8377,28 @@ class Control:
         """Return what a main file's text means, as a start would read it.  Raises ConfigError."""
         return self.accept(self.parse(self.expand(text)[0]))
 
-    def publish(self, loaded: Loaded, timeout_s: float = 10.0) -> None:
-        """Make a configuration live; returns when it is.  Raises TimeoutError."""
+    def follow(self, including: str, line: str) -> str | None:
+        """Return the path of the file that a line of the file `including` includes; None for any other line."""
+        wanted = include_target(line)
+        return None if wanted is None else os.path.join(os.path.dirname(including), wanted)
+
+    def publish(self, loaded: Loaded, files: Mapping[str, bytes], timeout_s: float = 10.0) -> None:
+        """Make a configuration live; returns when it is, sessions that have to go closed.  Raises TimeoutError.
+
+        files: path -> content that it was read from, main file first: the watcher need not read them again.
+        """
         self.ask(functools.partial(self._server.reload, loaded), timeout_s)
+
+    def reset_quota(self, name: str, timeout_s: float = 10.0) -> int:
+        """Set the used octets of a user to 0 and write that down; returns the time, unix seconds.
+
+        Raises KeyError for an unknown user, OSError when the state file cannot be written (the reset is in force), TimeoutError.
+        """
+        def reset() -> int:
+            user = self.users[name]
+            user.used, user.reset_wall = 0, int(time.time())
+            return user.reset_wall
+        return self.ask(reset, timeout_s)
 
     # -- links
 

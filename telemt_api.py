@@ -8,17 +8,30 @@ second time, so its names appear in annotations only.
    1  envelope    pure  <- -               answers: ApiError, JSON out and in, revision and If-Match; ControlPort
    2  views       pure  <- -               what the data plane knows -> `data` of an answer
    3  metrics     pure  <- 2               the Prometheus page
+   4  commands    pure  <- 1               what a mutating request wants
+   5  tomledit    pure  <- 4               single entries of [access.*] changed in the text, everything else kept
+   7  store       io    <- 1 4 5           the configuration on disk: revision, changes
    9  service     io    <- 1               start and stop
   10  qr          pure  <- -               a link as a QR code
 """
 from __future__ import annotations
 
+import contextlib
 import datetime
+import errno
+import fcntl
+import functools
+import hashlib
 import heapq
 import ipaddress
 import itertools
 import json
+import os
 import re
+import stat
+import threading
+import time
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias, TypeVar
 
@@ -167,6 +180,7 @@ class ControlPort(Protocol):
     started_wall: float                  # unix seconds
     sources: Sources                     # what other rooms can tell, called through ask()
     log: Log
+    config_error: type[Exception]        # what expand, parse and accept raise; `.invalid` tells validation from the rest
 
     @property
     def settings(self) -> Settings:
@@ -198,8 +212,20 @@ class ControlPort(Protocol):
     def load(self, text: str) -> Loaded:
         """Return what a main file's text means, as a start would read it.  Raises ConfigError."""
 
-    def publish(self, loaded: Loaded, timeout_s: float = 10.0) -> None:
-        """Make a configuration live; returns when it is, sessions that have to go closed.  Raises TimeoutError."""
+    def follow(self, including: str, line: str) -> str | None:
+        """Return the path of the file that a line of the file `including` includes; None for any other line."""
+
+    def publish(self, loaded: Loaded, files: Mapping[str, bytes], timeout_s: float = 10.0) -> None:
+        """Make a configuration live; returns when it is, sessions that have to go closed.  Raises TimeoutError.
+
+        files: path -> content that it was read from, main file first: the watcher need not read them again.
+        """
+
+    def reset_quota(self, name: str, timeout_s: float = 10.0) -> int:
+        """Set the used octets of a user to 0 and write that down; returns the time, unix seconds.
+
+        Raises KeyError for an unknown user, OSError when the state file cannot be written (the reset is in force), TimeoutError.
+        """
 
     def links(self, name: str) -> list[Link]:
         """Links of a user in the order of api.md 10; empty for an unknown user or without any host."""
@@ -822,6 +848,859 @@ def _pieces(lines: Iterable[str], size: int = 100) -> Iterator[str]:
     source = iter(lines)
     while piece := "".join(itertools.islice(source, size)):
         yield piece
+
+
+# == 4. commands =============================================================
+# What a mutating request wants.  Wrong types are bad JSON (gate 8); what a
+# value means is checked afterwards, in the order of api.md 11 (gate 9).
+# Trap: `null` means "absent" everywhere but in PATCH, where it removes.
+# Source: api.md 8, 11.
+
+Value: TypeAlias = "str | int | bool"
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_HEX32: Final = re.compile(r"[0-9a-fA-F]{32}")
+_RFC3339: Final = re.compile(r"(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d):(\d\d)(?:\.(\d+))?(?:[Zz]|([+-])(\d\d):(\d\d))", re.ASCII)
+_INT64_MAX: Final = (1 << 63) - 1
+# member of a body -> table of [access], in the order of the checks
+TABLE_OF: Final = {"user_ad_tag": "user_ad_tags", "expiration_rfc3339": "user_expirations", "max_tcp_conns": "user_max_tcp_conns",
+                   "data_quota_bytes": "user_data_quota", "max_unique_ips": "user_max_unique_ips", "enabled": "user_enabled"}
+_NUMBERS: Final = ("max_tcp_conns", "data_quota_bytes", "max_unique_ips")
+_TYPES: Final[Mapping[str, type]] = {"username": str, "secret": str, "user_ad_tag": str, "expiration_rfc3339": str, "enabled": bool,
+                                     **dict.fromkeys(_NUMBERS, int)}
+ACTIONS: Final = ("create", "patch", "delete", "rotate_secret", "enable", "disable", "reset_quota")
+
+
+class Command(NamedTuple):
+    """One change of one user, checked as far as it can be without the configuration."""
+
+    action: str                                # one of ACTIONS
+    username: str
+    secret: str | None = None                  # None: a random one (create, rotate_secret) or unchanged (patch)
+    entries: Mapping[str, Value | None] = {}   # table of [access] -> value of the user in it; None = no entry
+
+
+def parse_command(action: str, username: str, body: bytes) -> Command:
+    """Return what a request asks for; username: of the path, empty for create.  Raises ApiError(400)."""
+    if action in ("enable", "disable"):
+        return Command(action, username, entries={"user_enabled": None if action == "enable" else False})
+    if action in ("delete", "reset_quota") or (action == "rotate_secret" and not body):
+        return Command(action, username)
+    members = ("secret",) if action == "rotate_secret" else ("secret", *TABLE_OF)
+    if action == "create":
+        members = ("username", *members)
+    found = _read_members(parse_body(body), members)
+    if action == "create":
+        if found.get("username") is None:
+            raise bad_request("Invalid JSON body")
+        username = found.pop("username")
+        check_name(username)
+    secret = found.pop("secret", None)
+    if secret is not None and not _HEX32.fullmatch(secret):
+        raise bad_request("secret must be exactly 32 hex characters")
+    entries = _read_entries(found)
+    if action == "create":
+        entries = {table: value for table, value in entries.items() if value is not None}
+    return Command(action, username, secret, entries)
+
+
+def check_name(name: str) -> None:
+    """Raise ApiError(400) for a name that no user may be given; `.` and `..` would vanish from a URL."""
+    if not _NAME.fullmatch(name) or name in (".", ".."):
+        raise bad_request("username must match [A-Za-z0-9_.-] and be 1..64 chars")
+
+
+def _read_members(body: Mapping[str, Any], members: Sequence[str]) -> dict[str, Any]:
+    """Known members of the right type, or null.  Raises ApiError(400)."""
+    found = {name: body[name] for name in members if name in body}
+    for name, value in found.items():
+        wanted = _TYPES[name]
+        if value is not None and (type(value) is not wanted or (isinstance(value, int) and value < 0)):
+            raise bad_request("Invalid JSON body")
+    return found
+
+
+def _read_entries(found: Mapping[str, Any]) -> dict[str, Value | None]:
+    tag, until = found.get("user_ad_tag"), found.get("expiration_rfc3339")
+    if tag is not None and not _HEX32.fullmatch(tag):
+        raise bad_request("user_ad_tag must be exactly 32 hex characters")
+    moment = None if until is None else format_moment(until)
+    for name in _NUMBERS:
+        if (found.get(name) or 0) > _INT64_MAX:
+            raise bad_request(f"{name} must be within [0, {_INT64_MAX}]")
+    entries: dict[str, Value | None] = {TABLE_OF[name]: value for name, value in found.items()}
+    if moment is not None:
+        entries["user_expirations"] = moment
+    if entries.get("user_enabled"):
+        entries["user_enabled"] = None         # enabled is what an absent entry says
+    return entries
+
+
+def format_moment(text: str) -> str:
+    """Return a strict RFC 3339 moment as the file gets it, `YYYY-MM-DDTHH:MM:SS[.fraction]Z`.  Raises ApiError(400)."""
+    invalid = bad_request("expiration_rfc3339 must be valid RFC3339")
+    match = _RFC3339.fullmatch(text)
+    if match is None:
+        raise invalid
+    year, month, day, hour, minute, second = map(int, match.groups()[:6])
+    fraction, sign, hours, minutes = match.groups()[6:]
+    if second > 60 or int(hours or 0) > 23 or int(minutes or 0) > 59:
+        raise invalid
+    east = datetime.timedelta(hours=int(hours or 0), minutes=int(minutes or 0)) * (-1 if sign == "-" else 1)
+    rest = datetime.timedelta(seconds=second, microseconds=int((fraction or "")[:6].ljust(6, "0")))     # 60 is a leap second
+    try:
+        moment = datetime.datetime(year, month, day, hour, minute) - east + rest
+    except (ValueError, OverflowError):
+        raise invalid from None
+    digits = f".{moment.microsecond:06d}".rstrip("0") if moment.microsecond else ""
+    return f"{moment.replace(microsecond=0).isoformat()}{digits}Z"
+
+
+# == 5. tomledit =============================================================
+# Changes single entries of [access.*] in the text of a configuration and
+# leaves every other byte alone.  A scanner cuts each file into headers and
+# key/value statements with their spans; it knows comments, every kind of
+# string, arrays, inline tables and dotted keys.  An entry is then the statement
+# with its path, or an item of the inline table that stands for one of its
+# tables.  The store parses the result again: what is not exactly the intended
+# document is never written.
+# Trap: an included file goes on in the table that is open at its line, and
+# leaves its own one open behind it, so files are scanned in their order.
+# Source: api.md 12, toml.io/en/v1.0.0.
+
+Path: TypeAlias = "tuple[str, ...]"
+Follow: TypeAlias = "Callable[[str, str], str | None]"    # (file, one of its lines) -> path of the file that the line includes
+
+_BOM: Final = "\ufeff"
+_BARE: Final = re.compile(r"[A-Za-z0-9_-]+")
+_KEY_PART: Final = re.compile(r"""[ \t]*(?:([A-Za-z0-9_-]+)|("(?:[^"\\\n]|\\.)*")|'([^'\n]*)')[ \t]*""")
+_SIMPLE: Final = re.compile(r"""[ \t]*([A-Za-z0-9_-]+)[ \t]*=[ \t]*("[^"\\\n]*"(?!")|[^\s"'\[{#][^\s"'#]*)[ \t]*(?:#.*)?\r?""")
+_BLANKS: Final = re.compile(r"[ \t]*")
+_GAP: Final = re.compile(r"(?:[ \t\r\n]+|#[^\n]*)*")
+_VALUES: Final = tuple(re.compile(pattern, re.DOTALL) for pattern in (
+    r'"""(?:\\.|[^\\])*?"{3,5}', r"'''.*?'{3,5}", r'"(?:[^"\\\n]|\\.)*"', r"'[^'\n]*'", r"[^\s,\]}#\"'\[{][^,\]}#\n\r]*"))
+_TOML_ESCAPES: Final = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r"}
+
+
+class EditError(Exception):
+    """The text is laid out in a way that the editor does not understand."""
+
+
+class Statement(NamedTuple):
+    """One header, or one key with its value, in one file; offsets count characters of its text."""
+
+    file: str
+    path: Path               # of the table or the value, from the root
+    header: int              # number of the header it stands under, of itself for a header; 0 = before the first
+    depth: int               # length of that header's path
+    start: int               # begin of its first line
+    end: int                 # behind its last line's end
+    value: int               # begin of its value; 0 for a header
+    value_end: int
+
+
+class Item(NamedTuple):
+    """One key with its value inside an inline table."""
+
+    path: Path
+    start: int
+    value: int
+    value_end: int
+
+
+class Edit(NamedTuple):
+    """Put `text` in place of [start, end) of a file."""
+
+    file: str
+    start: int
+    end: int
+    text: str
+
+
+def render_value(value: Value) -> str:
+    """TOML text of a value."""
+    if isinstance(value, str):
+        return _render_string(value)
+    return str(value).lower()
+
+
+def render_key(name: str) -> str:
+    """TOML text of one part of a key."""
+    return name if _BARE.fullmatch(name) else _render_string(name)
+
+
+def _render_string(text: str) -> str:
+    return f'"{"".join(map(_render_char, text))}"'
+
+
+def _render_char(char: str) -> str:
+    plain = char >= " " and char != "\x7f"
+    return _TOML_ESCAPES.get(char) or (char if plain else f"\\u{ord(char):04x}")
+
+
+class Layout:
+    """The statements of a main file and its includes, in order."""
+
+    def __init__(self, texts: Mapping[str, str], main: str, follow: Follow) -> None:
+        """texts: path -> text of every file.  Raises EditError."""
+        self.texts, self.main, self._follow = texts, main, follow
+        self.statements: list[Statement] = []
+        self._headers = 0
+        self._open: Path = ()                  # path of the table that the next line is in
+        self._scan(main, 0)
+
+    # -- cutting
+
+    def _scan(self, file: str, depth: int) -> None:
+        text = self.texts[file]
+        if depth > 10:
+            raise EditError("too many includes in each other")
+        at = len(_BOM) if text.startswith(_BOM) else 0
+        while at < len(text):
+            end = text.find("\n", at)
+            end = len(text) if end < 0 else end
+            simple = _SIMPLE.fullmatch(text, at, end)
+            if simple is not None and simple[1] != "include":
+                self._add(file, (simple[1],), at, end, simple.start(2), simple.end(2))
+            elif (line := text[at:end].strip()) and line[0] != "#":
+                included = self._follow(file, line)
+                if included is None:
+                    end = self._statement(file, at, line[0] == "[")
+                elif included in self.texts:
+                    self._scan(included, depth + 1)
+                else:
+                    raise EditError(f"{included} was not read")
+            at = end + 1
+
+    def _add(self, file: str, key: Path, start: int, end: int, value: int, value_end: int) -> None:
+        self.statements.append(Statement(
+            file, self._open + key, self._headers, len(self._open), start, min(end + 1, len(self.texts[file])), value, value_end))
+
+    def _statement(self, file: str, start: int, is_header: bool) -> int:
+        """Take the statement that begins at a line start; return the end of its last line."""
+        text = self.texts[file]
+        if is_header:
+            at = text.index("[", start) + 1
+            many = text.startswith("[", at)
+            path, at = _scan_key(text, at + many)
+            if not text.startswith("]]" if many else "]", at):
+                raise EditError(f"{file}: header at {start}")
+            at += 1 + many
+            self._headers += 1
+            # What lies in an array of tables is never looked for: a part that no key can have keeps it apart.
+            self._open = (*path, f"\0{self._headers}") if many else path
+            line_end = self._line_end(file, at)
+            self._add(file, (), start, line_end, 0, 0)
+            return line_end
+        key, at = _scan_key(text, start)
+        if not text.startswith("=", at):
+            raise EditError(f"{file}: no value at {start}")
+        value = _blanks(text, at + 1)
+        value_end = _scan_value(text, value)
+        line_end = self._line_end(file, value_end)
+        self._add(file, key, start, line_end, value, value_end)
+        return line_end
+
+    def _line_end(self, file: str, at: int) -> int:
+        """End of the line that the statement ends on: only a comment may follow."""
+        text = self.texts[file]
+        end = text.find("\n", at)
+        end = len(text) if end < 0 else end
+        if text[at:end].strip()[:1] not in ("", "#"):
+            raise EditError(f"{file}: something follows the value at {at}")
+        return end
+
+    # -- changing
+
+    def set(self, path: Path, value: Value) -> Edit:
+        """The edit that gives the entry `path` = (access, table, name) a value."""
+        text = render_value(value)
+        for found in self._pairs():
+            if found.path == path[:len(found.path)]:
+                if found.path == path:
+                    return Edit(found.file, found.value, found.value_end, text)
+                return _set_inline(found.file, self.texts[found.file], found.value, path[len(found.path):], text)
+        table = path[:-1]
+        header = next((s for s in self.statements if not s.value and s.path == table), None)
+        if header is not None:
+            return self._insert(next(s for s in reversed(self.statements) if s.header == header.header), path, text)
+        dotted = [s for s in self._pairs() if s.path[:len(table)] == table]
+        if dotted:
+            return self._insert(dotted[-1], path, text)
+        return self._append(path, text)
+
+    def remove(self, path: Path) -> Edit | None:
+        """The edit that takes the entry `path` away; None if there is none."""
+        for found in self._pairs():
+            if found.path == path[:len(found.path)]:
+                if found.path == path:
+                    return Edit(found.file, found.start, found.end, "")
+                return _remove_inline(found.file, self.texts[found.file], found.value, path[len(found.path):])
+        return None
+
+    def _pairs(self) -> Iterator[Statement]:
+        return (statement for statement in self.statements if statement.value)
+
+    def _insert(self, after: Statement, path: Path, text: str) -> Edit:
+        """A new line behind a statement, indented like it, in the words of its table."""
+        before = self.texts[after.file]
+        indent = before[after.start:_blanks(before, after.start)] if after.value else ""
+        key = ".".join(map(render_key, path[after.depth:]))
+        newline = self._newline(after.file)
+        lead = "" if before[:after.end].endswith("\n") else newline
+        return Edit(after.file, after.end, after.end, f"{lead}{indent}{key} = {text}{newline}")
+
+    def _append(self, path: Path, text: str) -> Edit:
+        """A new table at the end of the main file."""
+        before, newline = self.texts[self.main], self._newline(self.main)
+        lead = ("" if before.endswith("\n") else newline) + newline if before.strip(_BOM) else ""
+        header = ".".join(map(render_key, path[:-1]))
+        return Edit(self.main, len(before), len(before), f"{lead}[{header}]{newline}{render_key(path[-1])} = {text}{newline}")
+
+    def _newline(self, file: str) -> str:
+        text = self.texts[file]
+        return "\r\n" if text[:text.find("\n")].endswith("\r") else "\n"
+
+
+def _blanks(text: str, at: int) -> int:
+    match = _BLANKS.match(text, at)
+    return match.end() if match else at
+
+
+def _gap(text: str, at: int) -> int:
+    match = _GAP.match(text, at)
+    return match.end() if match else at
+
+
+def _scan_key(text: str, at: int) -> tuple[Path, int]:
+    """Return a dotted key and where it ends, blanks behind it included."""
+    parts: list[str] = []
+    while True:
+        match = _KEY_PART.match(text, at)
+        if match is None:
+            raise EditError(f"no key at {at}")
+        bare, basic, literal = match.groups()
+        parts.append(bare or (literal if basic is None else tomllib.loads(f"x = {basic}")["x"]))
+        at = match.end()
+        if not text.startswith(".", at):
+            return tuple(parts), at
+        at += 1
+
+
+def _scan_value(text: str, at: int) -> int:
+    """Return where the value ends that begins at `at`."""
+    if text.startswith("{", at):
+        return _scan_inline(text, at)[1]
+    if text.startswith("[", at):
+        at = _gap(text, at + 1)
+        while not text.startswith("]", at):
+            at = _gap(text, _scan_value(text, at))
+            if text.startswith(",", at):
+                at = _gap(text, at + 1)
+            elif not text.startswith("]", at):
+                raise EditError(f"no end of the array at {at}")
+        return at + 1
+    for pattern in _VALUES:
+        match = pattern.match(text, at)
+        if match is not None:
+            return at + len(match[0].rstrip())
+    raise EditError(f"no value at {at}")
+
+
+def _scan_inline(text: str, at: int) -> tuple[list[Item], int]:
+    """Return the items of the inline table that begins at `at`, and where it ends."""
+    items: list[Item] = []
+    at = _blanks(text, at + 1)
+    while not text.startswith("}", at):
+        start = at
+        path, at = _scan_key(text, at)
+        if not text.startswith("=", at):
+            raise EditError(f"no value at {at}")
+        value = _blanks(text, at + 1)
+        value_end = _scan_value(text, value)
+        items.append(Item(path, start, value, value_end))
+        at = _blanks(text, value_end)
+        if text.startswith(",", at):
+            at = _blanks(text, at + 1)
+        elif not text.startswith("}", at):
+            raise EditError(f"no end of the inline table at {at}")
+    return items, at + 1
+
+
+def _set_inline(file: str, text: str, at: int, path: Path, value: str) -> Edit:
+    """The edit that gives `path` a value inside the inline table that begins at `at`."""
+    if not text.startswith("{", at):
+        raise EditError(f"{file}: no table at {at}")
+    items, end = _scan_inline(text, at)
+    for item in items:
+        if item.path == path:
+            return Edit(file, item.value, item.value_end, value)
+        if item.path == path[:len(item.path)]:
+            return _set_inline(file, text, item.value, path[len(item.path):], value)
+    entry = f"{'.'.join(map(render_key, path))} = {value}"
+    if items:
+        return Edit(file, items[-1].value_end, items[-1].value_end, f", {entry}")
+    return Edit(file, at, end, f"{{ {entry} }}")
+
+
+def _remove_inline(file: str, text: str, at: int, path: Path) -> Edit | None:
+    """The edit that takes `path` out of the inline table that begins at `at`."""
+    if not text.startswith("{", at):
+        raise EditError(f"{file}: no table at {at}")
+    items, end = _scan_inline(text, at)
+    for index, item in enumerate(items):
+        if item.path != path[:len(item.path)]:
+            continue
+        if item.path != path:
+            return _remove_inline(file, text, item.value, path[len(item.path):])
+        if index + 1 < len(items):
+            return Edit(file, item.start, items[index + 1].start, "")
+        if index:
+            return Edit(file, items[index - 1].value_end, item.value_end, "")
+        return Edit(file, at, end, "{}")
+    return None
+
+
+def edit_texts(texts: Mapping[str, str], main: str, follow: Follow, changes: Sequence[tuple[Path, Value | None]]) -> dict[str, str]:
+    """Return the files with some entries set, or removed where the value is None.  Raises EditError."""
+    edited = dict(texts)
+    try:
+        for path, value in changes:
+            layout = Layout(edited, main, follow)
+            edit = layout.remove(path) if value is None else layout.set(path, value)
+            if edit is not None:
+                text = edited[edit.file]
+                edited[edit.file] = text[:edit.start] + edit.text + text[edit.end:]
+    except (RecursionError, ValueError) as error:          # ValueError: a key that tomllib does not take
+        raise EditError(str(error)) from None
+    return edited
+
+
+def change_document(document: Mapping[str, Any], changes: Sequence[tuple[Path, Value | None]]) -> dict[str, Any]:
+    """Return the document with the same changes: what the edited files have to mean.  An emptied table stays."""
+    changed = dict(document)
+    for path, value in changes:
+        node = changed
+        for name in path[:-1]:
+            node[name] = dict(node.get(name, {}))
+            node = node[name]
+        if value is None:
+            node.pop(path[-1], None)
+        else:
+            node[path[-1]] = value
+    return changed
+
+
+def same_documents(left: Any, right: Any) -> bool:
+    """True if two documents mean the same: as equal as TOML values can be, an empty table of [access] like none."""
+    return _equal(_without_empty(left), _without_empty(right))
+
+
+def _without_empty(document: Mapping[str, Any]) -> dict[str, Any]:
+    access = document.get("access", {})
+    kept = {name: value for name, value in access.items() if value != {}} if isinstance(access, dict) else access
+    return {**{name: value for name, value in document.items() if name != "access"}, **({"access": kept} if kept else {})}
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(_equal(value, right[name]) for name, value in left.items())
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(_equal, left, right))
+    return bool(left == right) or (left != left and right != right)        # NaN
+
+
+# == 7. store ================================================================
+# The configuration on disk.  A change reads main file and includes once, edits
+# their text, validates the result as a start would, writes it whole and makes
+# it live; nobody ever sees half of it.  One change at a time; writers outside
+# (editors, other tools) are noticed just before the rename.
+# Trap: a bind-mounted single file cannot be replaced, only overwritten.
+# Source: api.md 7, 11, 12.
+
+_LOCK_WAIT_S: Final = 10.0
+_TRIES: Final = 3                        # how often a change starts again because somebody else wrote
+_STALE_S: Final = 60.0                   # a temp file of this age has no writer any more, whatever its lock says
+_FRESH_NS: Final = 2_000_000_000         # a file changed so lately may change again without another time stamp
+_NAMED_ERRORS: Final = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT))
+
+
+_USERS: Final = re.compile(rb"""(?m)^[ \t]*(?:\[?[ \t]*["']?access["']?[ \t]*\.[ \t]*)?["']?users["']?[ \t]*[].=]""")
+
+
+class Outcome(NamedTuple):
+    """What a change led to."""
+
+    revision: str            # of the main file now
+    settings: Settings       # in force now
+    username: str
+    secret: str              # of the user; empty after delete
+    changed: bool            # something was written
+    reset_wall: int          # reset_quota: unix seconds of the reset, else 0
+
+
+class LostUpdate(Exception):
+    """Somebody else wrote a file that was being changed."""
+
+
+class Draft(NamedTuple):
+    """The configuration as it was read for a change."""
+
+    files: dict[str, bytes]  # path -> content, main file first
+    texts: dict[str, str]
+    document: dict[str, Any]
+
+
+class Store:
+    """Reads and changes the configuration; usable from any thread of the API."""
+
+    def __init__(self, port: ControlPort) -> None:
+        self._port = port
+        self._path = port.config_path
+        self._lock = threading.Lock()
+        self._known: tuple[tuple[int, ...], str] = ((), "")    # stat of the main file, its revision
+        self._warned_in_place = False
+        self._sweep_leftovers()
+
+    def revision(self) -> str:
+        """SHA-256 of the main file, lower-case hex.  Raises ApiError(500)."""
+        try:
+            found = os.stat(self._path)
+            mark = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            known, revision = self._known
+            if mark != known:
+                revision = self._revision_of(self._read(self._path))
+                if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) > _FRESH_NS:
+                    self._known = (mark, revision)
+        except OSError as error:
+            raise internal_error(f"failed to read config: {describe_error(error, self._path)}") from None
+        return revision
+
+    def apply(self, command: Command, wanted: str | None) -> Outcome:
+        """Carry out a change and make it live.  wanted: the revision it is meant for.  Raises ApiError."""
+        if not self._lock.acquire(timeout=_LOCK_WAIT_S):
+            raise internal_error("another change is still being written")
+        try:
+            for _ in range(_TRIES):
+                try:
+                    return self._apply(command, wanted)
+                except LostUpdate:
+                    continue
+            raise ApiError(409, "revision_conflict", "Config revision mismatch")
+        finally:
+            self._lock.release()
+
+    def close(self, timeout_s: float) -> None:
+        """Wait for a change that is being written; refuse all further ones."""
+        self._lock.acquire(timeout=timeout_s)
+
+    # -- one change: gates 10-14 of api.md 4
+
+    def _apply(self, command: Command, wanted: str | None) -> Outcome:
+        draft = self._read_draft()
+        revision = self._revision_of(draft.files[self._path])
+        check_revision(wanted, revision)
+        users = draft.document.get("access", {}).get("users")
+        present = {"default": "0" * 32} if users is None else users
+        _check_user(command, present)
+        if command.action == "reset_quota":
+            return self._reset_quota(command.username, revision)
+        secret = command.secret or ""
+        if command.action in ("create", "rotate_secret"):
+            secret = secret or os.urandom(16).hex()
+        changes = _plan_changes(command, secret, present if users is None else {})
+        expected = change_document(draft.document, changes)
+        try:
+            loaded = self._port.accept(expected)
+        except self._port.config_error as error:
+            raise bad_request(f"config validation failed: {error}") from None
+        if same_documents(expected, draft.document):
+            files = draft.files
+        else:
+            files = self._edit(draft, changes, expected)
+            self._write(draft.files, files, users_first=command.action == "delete")
+        self._publish(loaded, files)
+        if command.action == "delete":
+            secret = ""
+        else:
+            secret = secret or present[command.username]
+        return Outcome(self._revision_of(files[self._path]), self._port.settings, command.username, secret, files is not draft.files, 0)
+
+    def _read_draft(self) -> Draft:
+        """Main file and includes, read once.  Raises ApiError(500)."""
+        try:
+            main = self._read(self._path)
+        except OSError as error:
+            raise internal_error(f"failed to read config: {describe_error(error, self._path)}") from None
+        files = {self._path: main}
+        try:
+            text = self._decode(self._path, main)
+            while True:
+                expanded, included = self._port.expand(text, files)
+                unread = [path for path in included if path not in files]
+                if not unread:
+                    break
+                files.update((path, self._read(path)) for path in unread)
+            document = self._port.parse(expanded)
+            try:
+                self._port.accept(document)
+            except self._port.config_error as error:
+                if not getattr(error, "invalid", False):       # what only validation refuses, the change may repair (gate 13)
+                    raise
+            return Draft(files, {path: self._decode(path, data) for path, data in files.items()}, document)
+        except (self._port.config_error, OSError) as error:
+            raise internal_error(f"failed to load config: {error}") from None
+
+    def _edit(self, draft: Draft, changes: Sequence[tuple[Path, Value | None]], expected: dict[str, Any]) -> dict[str, bytes]:
+        """Content of every file after the change, verified.  Raises ApiError(500)."""
+        try:
+            texts = edit_texts(draft.texts, self._path, self._port.follow, changes)
+            edited = {path: text.encode() for path, text in texts.items()}
+            expanded, _ = self._port.expand(texts[self._path], edited)
+            if same_documents(self._port.parse(expanded), expected):
+                return edited
+            reason = "the edited text does not mean what was intended"
+        except (EditError, self._port.config_error, UnicodeError) as error:
+            reason = str(error)
+        if len(draft.files) > 1:
+            raise internal_error(f"failed to serialize config: {reason}; a file with include lines is not written anew")
+        try:
+            import tomli_w
+        except ImportError:
+            raise internal_error(f"failed to serialize config: {reason}; tomli_w is not installed") from None
+        try:
+            text = tomli_w.dumps(expected)
+            if not same_documents(self._port.parse(text), expected):
+                raise ValueError("it does not read back")
+            self._back_up(draft.files[self._path])
+        except (ValueError, TypeError, self._port.config_error) as error:
+            raise internal_error(f"failed to serialize config: {reason}; tomli_w: {error}") from None
+        self._port.log.warn("the configuration could not be edited (%s): written anew, comments are lost; the old text is in %s.bak",
+                            reason, self._path)
+        return {self._path: text.encode()}
+
+    def _publish(self, loaded: Loaded, files: dict[str, bytes]) -> None:
+        """Make it live.  The file is written already: whatever fails here, the file is what counts, and the watcher tries again."""
+        try:
+            self._port.publish(loaded, files)
+        except Exception as error:
+            self._port.log.error("a written configuration could not be applied: %r", error)
+
+    def _reset_quota(self, name: str, revision: str) -> Outcome:
+        try:
+            reset_wall = self._port.reset_quota(name)
+        except KeyError:                       # in the file, but not in force yet: a pending edit outside
+            raise not_found("User not found") from None
+        except (OSError, TimeoutError) as error:
+            raise internal_error(f"failed to write quota state: {error}") from None
+        return Outcome(revision, self._port.settings, name, "", False, reset_wall)
+
+    # -- files
+
+    def _write(self, before: dict[str, bytes], after: dict[str, bytes], *, users_first: bool) -> None:
+        """Write what differs.  Raises ApiError(500) and LostUpdate.
+
+        Of several files the one with the users comes last, on delete first: a crash in between leaves entries of nobody,
+        which do nothing.
+        """
+        changed = [path for path in after if after[path] != before[path]]
+        changed.sort(key=lambda path: _holds_users(before[path]) is not users_first)
+        current, written = dict(before), False
+        for path in changed:
+            try:
+                replace_file(path, after[path], functools.partial(self._check_unchanged, current), self._warn_in_place)
+            except OSError as error:
+                raise internal_error(f"failed to write config: {describe_error(error, path)}") from None
+            except LostUpdate:
+                if not (written and users_first):
+                    raise
+                self._port.log.warn("%s was changed meanwhile: entries of a deleted user stay in it", path)
+            current[path], written = after[path], True
+
+    def _check_unchanged(self, files: dict[str, bytes]) -> None:
+        for path, data in files.items():
+            if self._read(path) != data:
+                raise LostUpdate(path)
+
+    def _warn_in_place(self, path: str) -> None:
+        if not self._warned_in_place:
+            self._port.log.warn("%s cannot be replaced (a mounted single file?): it is written in place, which a crash can tear; "
+                                "mount its directory instead", path)
+        self._warned_in_place = True
+
+    def _back_up(self, data: bytes) -> None:
+        """Keep the old text beside the file, with its mode and owner.  Raises ApiError(500)."""
+        path = os.path.realpath(self._path)
+        try:
+            replace_file(f"{path}.bak", data, lambda: None, self._warn_in_place, like=path)
+        except OSError as error:
+            raise internal_error(f"failed to write config: {describe_error(error, f'{path}.bak')}") from None
+
+    def _sweep_leftovers(self) -> None:
+        """Remove temp files whose writer died."""
+        paths = [self._path]
+        with contextlib.suppress(OSError, ApiError, self._port.config_error):
+            paths += self._port.expand(self._decode(self._path, self._read(self._path)))[1]
+        for path in paths:
+            remove_leftovers(os.path.realpath(path), time.time())
+
+    def _read(self, path: str) -> bytes:
+        with open(path, "rb") as file:
+            return file.read()
+
+    def _decode(self, path: str, data: bytes) -> str:
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise internal_error(f"failed to load config: {path}: not valid UTF-8 at byte {error.start}") from None
+
+    def _revision_of(self, data: bytes) -> str:
+        self._decode(self._path, data)
+        return hashlib.sha256(data).hexdigest()
+
+
+def _check_user(command: Command, users: Mapping[str, Any]) -> None:
+    """Gate 12.  Raises ApiError."""
+    if command.action == "create":
+        if command.username in users:
+            raise ApiError(409, "user_exists", "User already exists")
+    elif command.username not in users:
+        raise not_found("User not found")
+    elif command.action == "delete" and len(users) == 1:
+        raise ApiError(409, "last_user_forbidden", "Cannot delete the last configured user")
+
+
+def _plan_changes(command: Command, secret: str, implicit: Mapping[str, str]) -> list[tuple[Path, Value | None]]:
+    """Entries to set or remove.  implicit: users that are in force although the file has no [access.users]."""
+    name = command.username
+    changes: list[tuple[Path, Value | None]] = [(("access", "users", user), known) for user, known in implicit.items()]
+    if command.action == "delete":
+        return [*changes, *((("access", table, name), None) for table in ("users", *TABLE_OF.values()))]
+    if secret:
+        changes.append((("access", "users", name), secret))
+    return changes + [(("access", table, name), value) for table, value in command.entries.items()]
+
+
+def _holds_users(data: bytes) -> bool:
+    """A file that is likely to hold the users; a wrong guess costs an orphaned entry after a crash, no more."""
+    return _USERS.search(data) is not None
+
+
+def describe_error(error: OSError, path: str) -> str:
+    """What went wrong with a file; where the directory decides it is named, because that is what the operator has to change."""
+    text = f"{error.strerror} (os error {error.errno})"
+    return f"{text}: directory {os.path.dirname(os.path.realpath(path))}" if error.errno in _NAMED_ERRORS else text
+
+
+def replace_file(path: str, data: bytes, check: Callable[[], None], in_place: Callable[[str], None], like: str = "") -> None:
+    """Put `data` in the place of a file in one step, with the mode and the owner of the old one (or of `like`).
+
+    check() is the last moment to refuse; in_place(path) is told when the file can only be overwritten.  Raises OSError.
+    """
+    target = os.path.realpath(path)
+    directory, name = os.path.split(target)
+    draft = os.path.join(directory, f".{name}.tmp-{int.from_bytes(os.urandom(8), 'big')}")
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    left = True
+    try:
+        with contextlib.suppress(OSError):     # a lock says that the writer lives; without locks its age has to do
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _copy_metadata(like or target, fd)
+        _write_all(fd, data)
+        os.fsync(fd)
+        check()
+        try:
+            os.replace(draft, target)
+            left = False
+        except FileNotFoundError:
+            left = False
+            raise LostUpdate(path) from None   # somebody took our temp file for a leftover
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.EXDEV):
+                raise
+            in_place(target)
+            _overwrite(target, data)
+    finally:
+        if left:
+            with contextlib.suppress(OSError):
+                os.unlink(draft)
+        os.close(fd)
+    with contextlib.suppress(OSError):         # some file systems cannot
+        directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory_fd)
+        finally:
+            os.close(directory_fd)
+
+
+def _copy_metadata(source: str, fd: int) -> None:
+    """Owner (as far as we may), mode and extended attributes of a file; a file that is not there gives none."""
+    try:
+        found = os.stat(source)
+    except FileNotFoundError:
+        return
+    with contextlib.suppress(OSError):
+        os.fchown(fd, found.st_uid, found.st_gid)
+    os.fchmod(fd, stat.S_IMODE(found.st_mode))
+    with contextlib.suppress(OSError, AttributeError):
+        for name in os.listxattr(source):
+            with contextlib.suppress(OSError):
+                os.setxattr(fd, name, os.getxattr(source, name))
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view):]
+
+
+def _overwrite(path: str, data: bytes) -> None:
+    """Write over a file that cannot be replaced; room is made before anything of the old content goes."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        old = os.pread(fd, os.fstat(fd).st_size, 0)
+        try:
+            if len(data) > len(old):
+                os.posix_fallocate(fd, 0, len(data))
+            os.lseek(fd, 0, os.SEEK_SET)
+            _write_all(fd, data)
+            os.ftruncate(fd, len(data))
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.lseek(fd, 0, os.SEEK_SET)
+                _write_all(fd, old)
+                os.ftruncate(fd, len(old))
+            raise
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_leftovers(target: str, now_wall: float) -> None:
+    """Remove temp files of replace_file() whose writer is gone: nobody holds their lock, or they are older than a minute."""
+    directory, name = os.path.split(target)
+    pattern = re.compile(rf"\.{re.escape(name)}\.tmp-[0-9]+")
+    with contextlib.suppress(OSError):
+        for entry in os.listdir(directory):
+            if pattern.fullmatch(entry):
+                with contextlib.suppress(OSError):
+                    _remove_leftover(os.path.join(directory, entry), now_wall)
+
+
+def _remove_leftover(path: str, now_wall: float) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    except OSError:
+        if now_wall - os.fstat(fd).st_mtime <= _STALE_S:
+            return
+    finally:
+        os.close(fd)
+    os.unlink(path)
 
 
 # == 9. service ==============================================================

@@ -95,6 +95,9 @@ POLICIES: dict[str, Policy] = {
         lazy=HEAVY | {"tomli_w"},
         print_room="top",
         fd_room="http",
+        catch_all={
+            "Store._publish": "the file is written: whatever our own code does now, the answer says so",
+        },
     ),
 }
 
