@@ -15,14 +15,14 @@ contents; tools/house_check.py keeps this map true.  Missing numbers are rooms o
    5  framing     pure  <- 1               abridged, intermediate and padded frames of clients
    6  obfuscated  pure  <- 1 3             64-byte preambles of clients and for data centres
    7  faketls     pure  <- 1 3             ClientHello, ServerHello flight, records
-   8  neighbours  pure  <- 1 2             PROXY headers
+   8  neighbours  pure  <- 1 2             PROXY headers, SOCKS dialogues, STUN messages, addresses that are not public
    9  rpc         pure  <- 1 2 3 5         links to the middle end: keys, handshake, frames, requests, proxy lists
   10  stats       pure  <- 1               counters, and the snapshots that other threads look at
   11  access      pure  <- 1 2 3 6 7 10    users, limits, tickets, replay windows, who is this
   12  planner     pure  <- 1 2             which links to the middle end exist: facts and `now` in, actions out
   13  loop        io    <- 1               poller, timers, signals, helper threads
-  14  streams     io    <- 1 3 7 13        sockets; Arena and flows: where bytes move
-  15  upstreams   io    <- 1 2 10 13 14    data-centre addresses, connect cycles
+  14  streams     io    <- 1 3 7 8 13      sockets; Arena and flows: where bytes move
+  15  upstreams   io    <- 1 2 8 10 13 14  data-centre addresses, ways out and their health, connect cycles
   17  masking     io    <- 1-3 7 8 13 14    strangers see the real site; our ServerHello looks like its own
   18  relay       io    <- 1 11 13 14      a session that has both its ends
   19  session     io    <- 1 2 4 6 7 10 11 13-15 17 18   from accept to a relay
@@ -136,7 +136,7 @@ import struct
 import time
 import tomllib
 import zlib
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
@@ -3591,7 +3591,18 @@ _EXTENSION: Final = struct.Struct(">HH")         # type, length
 #
 # Trap: n may be 65,535 bytes of TLVs; they are skipped, so a header never costs
 # more memory than its addresses.
-# Source: client-protocol.md 3, 11.1 and D4; haproxy.org proxy-protocol.txt.
+#
+# SOCKS: a dialogue is a generator that yields what to send and how many bytes to
+# read next, and returns the bound address.  It never asks for a byte too many:
+# a server may send its last reply and the first bytes of the data centre in one
+# segment, and what we do not read stays in the kernel for the relay.
+# Trap: a refusal of SOCKS5 is judged after four bytes, some servers send no more.
+#
+# STUN: a server tells which address the world sees.  Anybody can answer a
+# datagram, so only an answer with our cookie and transaction id counts.
+#
+# Source: client-protocol.md 3, 11.1 and D4; haproxy.org proxy-protocol.txt;
+# upstream-and-relay.md 3.3, 4.4, 7.6, D13, D20; RFC 1928, 1929, 5389.
 
 PROXY_HEAD_MAX: Final = 107              # longest line of version 1; version 2 says all we use in its first 52 bytes
 _PROXY_V1: Final = b"PROXY "
@@ -3688,6 +3699,131 @@ def build_proxy_header(version: int, source: Address | None, destination: Addres
     ends = [ipaddress.ip_address(end[0]).packed for end in (source, destination)]
     return (_V2_FIXED.pack(_PROXY_V2, 0x21, 0x11 if family == 4 else 0x21, layout.size)
             + layout.pack(*ends, source[1], destination[1]))
+
+
+# -- who is not public, SOCKS and STUN
+
+Dialogue: TypeAlias = "Generator[tuple[bytes, int], bytes, Address]"
+
+STUN_COOKIE: Final = 0x2112A442
+STUN_ID_SIZE: Final = 12
+STUN_MAX: Final = 2048                         # a longer datagram is cut, and then refused
+STUN_TCP_MAX: Final = 1024                     # body of an answer over TCP
+_STUN_HEADER: Final = struct.Struct(">HHI12s")
+_STUN_REQUEST: Final = 0x0001
+_STUN_SUCCESS: Final = 0x0101
+_MAPPED_ADDRESS: Final = 0x0001
+_XOR_MAPPED_ADDRESS: Final = 0x0020
+_SOCKS4_GRANTED: Final = 90
+_LOGIN_MAX: Final = 255                        # a length byte
+_ADDRESS_SIZES: Final = {1: 4, 4: 16}          # SOCKS5 ATYP -> size of the address
+
+# -- SOCKS
+
+def _refused(text: str) -> RouteError:
+    return RouteError(f"Proxy error: {text}")
+
+
+def socks4_user(user_id: str | None) -> bytes:
+    """Return the user id as it goes on the wire.  Raises RouteError (hard) for one that would end early."""
+    user = (user_id or "").encode()
+    if b"\0" in user:
+        raise RouteError("Config error: SOCKS4 user id contains a NUL byte", hard=True)
+    return user
+
+
+def socks5_login(username: str | None, password: str | None) -> tuple[bytes, bytes | None] | None:
+    """Return (user, password) as they go on the wire, or None if the login method is not to be offered.  Raises RouteError (hard)."""
+    if username is None:
+        return None
+    user, secret = username.encode(), None if password is None else password.encode()
+    if len(user) > _LOGIN_MAX or len(secret or b"") > _LOGIN_MAX:
+        raise RouteError("Config error: SOCKS5 username or password is longer than 255 bytes", hard=True)
+    return user, secret
+
+
+def socks4_dialogue(target: Address, user: bytes) -> Dialogue:
+    """CONNECT by SOCKS4; returns the bound address.  Raises RouteError."""
+    ip = ipaddress.ip_address(target[0])
+    if ip.version != 4:
+        raise _refused("SOCKS4 does not support IPv6")
+    reply = yield struct.pack(">BBH4s", 4, 1, target[1], ip.packed) + user + b"\0", 8
+    if reply[1] != _SOCKS4_GRANTED:            # byte 0 is 0 by the book and 4 in the wild
+        raise _refused(f"SOCKS4 request rejected: code {reply[1]}")
+    return str(ipaddress.IPv4Address(reply[4:8])), int.from_bytes(reply[2:4], "big")
+
+
+def socks5_dialogue(target: Address, login: tuple[bytes, bytes | None] | None) -> Dialogue:
+    """CONNECT by SOCKS5, with the login if the server asks for it; returns the bound address.  Raises RouteError."""
+    version, method = yield (b"\5\1\0" if login is None else b"\5\2\0\2"), 2
+    if version != 5:
+        raise _refused("Invalid SOCKS5 version")
+    if method == 2:
+        if login is None or login[1] is None:
+            raise _refused("SOCKS5 server requires authentication")
+        user, password = login[0], login[1]
+        _, status = yield b"\1" + bytes([len(user)]) + user + bytes([len(password)]) + password, 2
+        if status:
+            raise _refused("SOCKS5 authentication failed")
+    elif method:
+        raise _refused("Unsupported SOCKS5 auth method")
+    packed = ipaddress.ip_address(target[0]).packed
+    kind = 1 if len(packed) == 4 else 4
+    _, code, _, kind = yield b"\5\1\0" + bytes([kind]) + packed + target[1].to_bytes(2, "big"), 4
+    if code:
+        raise _refused(f"SOCKS5 request failed: code {code}")
+    if kind == 3:                              # a name: nobody can use it
+        size = (yield b"", 1)[0]
+        return "0.0.0.0", int.from_bytes((yield b"", size + 2)[-2:], "big")
+    if kind not in _ADDRESS_SIZES:
+        raise _refused("Invalid address type in SOCKS5 response")
+    bound = yield b"", _ADDRESS_SIZES[kind] + 2
+    return str(ipaddress.ip_address(bound[:-2])), int.from_bytes(bound[-2:], "big")
+
+
+# -- STUN
+
+def build_stun_request(transaction_id: bytes) -> bytes:
+    """Binding request without attributes, 20 bytes."""
+    return _STUN_HEADER.pack(_STUN_REQUEST, 0, STUN_COOKIE, transaction_id)
+
+
+def stun_size(header: bytes) -> int:
+    """Size of the whole message that begins with these 20 bytes of a TCP stream."""
+    return _STUN_HEADER.size + int.from_bytes(header[2:4], "big")
+
+
+def parse_stun_response(data: bytes, transaction_id: bytes, version: int) -> Address | None:
+    """Return our address and port as the server saw them, of IP `version`; None for anything but a usable answer to our request."""
+    if len(data) < _STUN_HEADER.size:
+        return None
+    kind, length, cookie, echoed = _STUN_HEADER.unpack_from(data)
+    end = _STUN_HEADER.size + length
+    if kind != _STUN_SUCCESS or cookie != STUN_COOKIE or echoed != transaction_id or length % 4 or end > len(data):
+        return None
+    plain, at = None, _STUN_HEADER.size
+    while at + 4 <= end:
+        kind, size = struct.unpack_from(">HH", data, at)
+        if at + 4 + size > end:
+            break
+        found = _stun_address(data[at + 4:at + 4 + size], data[4:20] if kind == _XOR_MAPPED_ADDRESS else bytes(16), version)
+        if found is not None and kind == _XOR_MAPPED_ADDRESS:
+            return found
+        if found is not None and kind == _MAPPED_ADDRESS and plain is None:
+            plain = found                      # routers rewrite it on the way, so the other kind is better
+        at += 4 + (size + 3 & ~3)
+    return plain
+
+
+def _stun_address(value: bytes, mask: bytes, version: int) -> Address | None:
+    """Read an address attribute; `mask` (16 bytes) is XORed over it."""
+    size = 4 if version == 4 else 16
+    if len(value) < 4 + size or value[1] != (1 if version == 4 else 2):
+        return None
+    ip = bytes(a ^ b for a, b in zip(value[4:4 + size], mask, strict=False))
+    return str(ipaddress.ip_address(ip)), int.from_bytes(value[2:4], "big") ^ int.from_bytes(mask[:2], "big")
+
+
 # == 9. rpc ==================================================================
 # The protocol of a link to Telegram's middle end ("middle proxy").  We are its
 # RPC client.  A link starts in clear (nonces), then both directions are one
@@ -5464,6 +5600,18 @@ class Stream:
         except BlockingIOError:
             return 0
 
+    def local_address(self) -> Address:
+        """Our own (ip, port).  Raises OSError."""
+        name = self.sock.getsockname()
+        return plain_ip(str(name[0])), int(name[1])
+
+    def release(self) -> socket.socket:
+        """Give the socket away, out of the poller: whoever takes it closes it."""
+        self.want(0)
+        self.loop.handlers.pop(self.fd, None)
+        self.fd = -1
+        return self.sock
+
     def finish(self) -> None:
         """Half-close: no more bytes from us."""
         with contextlib.suppress(OSError):     # already gone: the reader will notice
@@ -5851,17 +5999,21 @@ class UnwrapFlow(Flow):
 
 
 class Dial:
-    """One connect attempt.  done(stream or RouteError) is called once, unless abort() came first."""
+    """One TCP connect.  done(stream or RouteError) is called once, unless abort() came first.
+
+    deadlines: whose fire is Dial.on_timeout; None = the caller watches the time.  source_ip: local address to come from.
+    """
 
     __slots__ = ("_stream", "_done", "_deadlines", "_where")
 
-    def __init__(self, loop: Loop, ip: str, port: int, deadlines: Lane[Dial], done: Callable[[Stream | RouteError], None],
+    def __init__(self, loop: Loop, ip: str, port: int, deadlines: Lane[Dial] | None, done: Callable[[Stream | RouteError], None],
                  source_ip: str = "") -> None:
         self._where = format_address(ip, port)
         self._done: Callable[[Stream | RouteError], None] | None = done
         self._stream: Stream | None = None
         self._deadlines = deadlines
-        deadlines.arm(self)
+        if deadlines is not None:
+            deadlines.arm(self)
         try:
             self._stream = Stream(loop, _open_socket(ip, source_ip))
             code = self._stream.sock.connect_ex((ip, port))
@@ -5877,7 +6029,8 @@ class Dial:
     def abort(self) -> None:
         """Nobody waits any more."""
         self._done = None
-        self._deadlines.cancel(self)
+        if self._deadlines is not None:
+            self._deadlines.cancel(self)
         if self._stream is not None:
             self._stream.close()
 
@@ -5902,7 +6055,8 @@ class Dial:
             return
         done, stream = self._done, self._stream
         self._done = self._stream = None
-        self._deadlines.cancel(self)
+        if self._deadlines is not None:
+            self._deadlines.cancel(self)
         done(stream)                           # its next owner says what to wait for
 
     def on_timeout(self) -> None:
@@ -6114,6 +6268,10 @@ class Resolver:
             return
         self._ask(host, port).append(done)
 
+    def forget(self, host: str) -> None:
+        """Its addresses do not answer: ask the system again the next time."""
+        self._known.pop(host.lower(), None)
+
     def _ask(self, host: str, port: int) -> list[Callable[[list[str] | Exception], None]]:
         """Who waits for the answer about `host`; asks if nobody did yet."""
         waiting = self._waiting.get(host)
@@ -6193,6 +6351,111 @@ def local_address_towards(ip: str) -> str | None:
         return None
 
 
+class Datagrams:
+    """One UDP socket connected to its peer, so that the kernel lets nobody else answer.
+
+    on_datagram(bytes, or the OSError that an ICMP message became).  The constructor raises OSError.
+    """
+
+    __slots__ = ("_loop", "_sock", "_on_datagram")
+
+    def __init__(self, loop: Loop, peer: Address, source_ip: str, on_datagram: Callable[[bytes | OSError], None]) -> None:
+        sock = socket.socket(socket.AF_INET6 if ":" in peer[0] else socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            sock.setblocking(False)
+            if source_ip:
+                sock.bind((source_ip, 0))
+            sock.connect(peer)
+        except OSError:
+            sock.close()
+            raise
+        self._loop, self._sock, self._on_datagram = loop, sock, on_datagram
+        loop.watch(sock.fileno(), READ, self._on_ready)
+
+    def send(self, data: bytes) -> None:
+        """Send one datagram, or lose it as the network would.  Raises OSError for what makes waiting pointless."""
+        with contextlib.suppress(BlockingIOError):
+            self._sock.send(data)
+
+    def close(self) -> None:
+        """Close at the end of the turn; may be called twice."""
+        if self._sock.fileno() in self._loop.handlers:
+            self._loop.drop(self._sock, READ)
+
+    def _on_ready(self, _mask: int) -> None:
+        try:
+            data: bytes | OSError = self._sock.recv(STUN_MAX)
+        except BlockingIOError:                # the checksum was wrong
+            return
+        except OSError as error:
+            data = error
+        self._on_datagram(data)
+
+
+# -- addresses of an interface (platform.md 2)
+
+_NLMSG: Final = struct.Struct("=IHHII")        # length, type, flags, sequence, pid
+_IFADDR: Final = struct.Struct("=BBBBI")       # family, prefix length, flags, scope, interface
+_RTM_GETADDR, _RTM_NEWADDR, _NLMSG_ERROR, _NLMSG_DONE = 22, 20, 2, 3
+_NLM_F_REQUEST_DUMP: Final = 0x301
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_IFA_F_UNUSABLE: Final = 0x08 | 0x40           # duplicate found, duplicate detection not over
+_SIOCGIFADDR: Final = 0x8915
+
+
+def interface_addresses(name: str) -> list[str]:
+    """Addresses of an interface in the system's order, without IPv6 link-local ones; none for an unknown interface.
+
+    By rtnetlink; where AF_NETLINK is forbidden, by ioctl (the first IPv4 address only) and /proc/net/if_inet6.
+    """
+    try:
+        index = socket.if_nametoindex(name)
+        return [ip for ip in _netlink_addresses(index) if not ip.startswith("fe80:")]
+    except (OSError, AttributeError):
+        return [ip for ip in _plain_addresses(name) if not ip.startswith("fe80:")]
+
+
+def _netlink_addresses(index: int) -> list[str]:
+    found: list[str] = []
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as sock:
+        sock.settimeout(1.0)                   # the kernel answers at once or never
+        sock.send(_NLMSG.pack(_NLMSG.size + _IFADDR.size, _RTM_GETADDR, _NLM_F_REQUEST_DUMP, 1, 0) + bytes(_IFADDR.size))
+        while True:
+            data, at = sock.recv(65_536), 0
+            while at + _NLMSG.size <= len(data):
+                size, kind = _NLMSG.unpack_from(data, at)[:2]
+                if kind == _NLMSG_DONE:
+                    return found
+                if kind == _NLMSG_ERROR or size < _NLMSG.size:
+                    raise OSError(errno.EPROTO, "rtnetlink refused")
+                if kind == _RTM_NEWADDR:
+                    found += _one_address(data[at + _NLMSG.size:at + size], index)
+                at += size + 3 & ~3
+
+
+def _one_address(message: bytes, index: int) -> list[str]:
+    family, _, flags, _, owner = _IFADDR.unpack_from(message)
+    if owner != index or flags & _IFA_F_UNUSABLE:
+        return []
+    values, at = {}, _IFADDR.size
+    while at + 4 <= len(message):
+        size, kind = struct.unpack_from("=HH", message, at)
+        values[kind] = message[at + 4:at + size]
+        at += max(4, size + 3 & ~3)
+    packed = values.get(_IFA_LOCAL) or values.get(_IFA_ADDRESS) or b""     # of a point-to-point link ADDRESS is the other end
+    return [str(ipaddress.ip_address(packed))] if len(packed) == (16 if family == socket.AF_INET6 else 4) else []
+
+
+def _plain_addresses(name: str) -> list[str]:
+    found = []
+    with contextlib.suppress(OSError, ValueError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        answer = fcntl.ioctl(sock, _SIOCGIFADDR, struct.pack("16s24x", name.encode()[:15]))
+        found.append(str(ipaddress.IPv4Address(answer[20:24])))
+    with contextlib.suppress(OSError, ValueError), open("/proc/net/if_inet6", encoding="ascii") as rows:
+        found += [str(ipaddress.IPv6Address(bytes.fromhex(row.split()[0]))) for row in rows if row.split()[-1] == name]
+    return found
+
+
 log_streams: Final = Log("streams")
 
 
@@ -6201,8 +6464,20 @@ log_streams: Final = Log("streams")
 # signed: negative is the media cluster of the same data centre, 203 is the CDN,
 # 10000+n are test centres.  An unknown one goes to the default cluster, but the
 # preamble always carries what the client asked for.
-# A *cycle* is one request for a connection, made of one or more *attempts*.
-# Source: upstream-and-relay.md 2, 7, 16.
+#
+#   Upstreams    all ways out; connect_dc() and connect() start a Cycle
+#   Cycle        one request for a connection: several Passages, each on a Route
+#                not tried yet while a healthy one is left
+#   Passage      one attempt: name, TCP and SOCKS dialogue to one target, before one deadline
+#   Route        one [[upstreams]] entry: where from, with which credentials, and
+#                what we know about it: healthy or not, latency, families that work
+#   Health       checks every route each half minute
+#   Survey       the connectivity table after the start
+#
+# Trap: a way that accepts and never answers costs a whole timeout.  So a silent
+# attempt is not waited for: after a quarter of its time the next route starts
+# beside it, and the first that is through wins.
+# Source: upstream-and-relay.md 2, 7, 12, 13, 16.
 
 DC_PORT: Final = 443
 DC_TABLE: Final = {
@@ -6217,6 +6492,10 @@ _CDN_DC: Final = "203"
 _CDN_V4: Final = ("91.105.192.100:443",)       # what loading fills in (config.md 1.3 step 19)
 _CDN_V6: Final = "[2a0a:f280:203:a:5000::100]:443"
 _UNKNOWN_DCS_MAX: Final = 1024                 # indices remembered and logged per process (upstream-and-relay.md D18)
+_EMA_NEW: Final = 0.3                          # weight of a new latency sample
+_INTERFACE_KEPT_S: Final = 10.0                # addresses of an interface are looked up this often at most
+_SILENT_PART: Final = 4                        # an attempt that took a quarter of its time is silent
+
 
 Target: TypeAlias = "tuple[str, int]"          # IP without brackets, port
 
@@ -6251,47 +6530,72 @@ def parse_target(text: str) -> Target:
     return str(found[0]), found[1]
 
 
+def parse_host_port(text: str) -> tuple[str, int]:
+    """Return (host, port) of `host:port`, `ip:port` or `[ip6]:port`; ValueError for anything else."""
+    found = parse_ip_port(text)
+    if found is not None:
+        return str(found[0]), found[1]
+    host, _, digits = text.rpartition(":")
+    if not host or ":" in host or not (digits.isascii() and digits.isdigit()) or int(digits[:6]) > 0xFFFF:
+        raise ValueError(f"not a HOST:PORT: {text!r}")
+    return host, int(digits)
+
+
+# -- where to
+
+class Destination(NamedTuple):
+    """Where a cycle wants to go: addresses that somebody named, else a row of DC_TABLE."""
+
+    named: tuple[Target, ...]
+    row: int = 0
+    slot: int = 0                              # |dc| if it is 1..5: whose latency a connection tells about (D6)
+
+    def targets(self, families: Families, leaning: str = "unknown") -> list[Target]:
+        """Addresses in the order to try them; `leaning` is what Path.label() learned and overrules what is preferred."""
+        prefer_v6 = families.prefer_v6
+        if self.named:                         # stable: preferred family first, file order inside a family
+            return sorted(self.named, key=lambda target: (":" in target[0]) != prefer_v6)
+        v4, v6 = DC_TABLE[self.row]
+        usable = [ip for ip, on in ((v4, families.ipv4), (v6, families.ipv6)) if on]
+        if leaning == "prefer_v6" or (prefer_v6 and leaning != "prefer_v4"):
+            usable.reverse()
+        return [(ip, DC_PORT) for ip in usable]
+
+
 class DcDirectory:
-    """Data-centre index -> addresses in the order to try them."""
+    """Data-centre index -> destination, as configuration and table have it."""
 
     def __init__(self, families: Families) -> None:
-        self.families = families
+        self.families = families               # of direct ways
         self._unknown: set[int] = set()
         self._path_refused = False
 
-    def targets(self, dc: int, settings: Settings) -> list[Target]:
-        """Addresses for `dc` (signed); never empty."""
-        listed = self._overrides(dc, settings)
-        if listed:
-            return listed
-        if abs(dc) in DC_TABLE:
-            return self._table(abs(dc))
+    def find(self, dc: int, settings: Settings) -> Destination:
+        """Where `dc` (signed) is: there is always an answer."""
+        slot = abs(dc) if abs(dc) in DC_TABLE else 0
+        named = self.overrides(str(dc), settings, log_upstreams.warn)
+        if named or slot:
+            return Destination(named, slot, slot)
         fallback = settings.default_dc if settings.default_dc in DC_TABLE else _DEFAULT_DC
         if str(dc) not in settings.dc_overrides:
             log_upstreams.warn("Requested non-standard DC with no override; falling back to default cluster", dc=dc)
             self._note_unknown(dc, settings.general.unknown_dc_log_path)
         log_upstreams.info("Special DC ---> default_cluster", dc=dc, default_dc=fallback)
-        return self._table(fallback)
+        return Destination((), fallback)
 
-    def _overrides(self, dc: int, settings: Settings) -> list[Target]:
-        texts = settings.dc_overrides.get(str(dc), ())
-        if str(dc) == _CDN_DC and tuple(texts) == _CDN_V4 and not settings.network.ipv4:
+    @staticmethod
+    def overrides(name: str, settings: Settings, complain: Callable[..., None]) -> tuple[Target, ...]:
+        """Addresses that the configuration has for the index written as `name`."""
+        texts = settings.dc_overrides.get(name, ())
+        if name == _CDN_DC and tuple(texts) == _CDN_V4 and not settings.network.ipv4:
             texts = (_CDN_V6,)                 # D22
         found = []
         for text in texts:
             try:
                 found.append(parse_target(text))
             except ValueError:
-                log_upstreams.warn("Invalid DC override address in config, ignoring", dc=dc, addr=text)
-        # Stable: preferred family first, file order inside a family.
-        return sorted(found, key=lambda target: (":" in target[0]) != self.families.prefer_v6)
-
-    def _table(self, dc: int) -> list[Target]:
-        v4, v6 = DC_TABLE[dc]
-        usable = [ip for ip, on in ((v4, self.families.ipv4), (v6, self.families.ipv6)) if on]
-        if self.families.prefer_v6:
-            usable.reverse()
-        return [(ip, DC_PORT) for ip in usable]
+                complain("Invalid DC override address in config, ignoring", dc=name, addr=text)
+        return tuple(found)
 
     def _note_unknown(self, dc: int, path: str) -> None:
         """Append the index to the unknown-DC file, once per index and process (2.4, D18)."""
@@ -6313,40 +6617,169 @@ class DcDirectory:
             self._path_refused = True
 
 
+# -- one way out
+
+class Path:
+    """What one route knows about one data centre: latency, and which families of its table address work."""
+
+    __slots__ = ("ema_ms", "works_v4", "works_v6")
+
+    def __init__(self) -> None:
+        self.ema_ms: float | None = None
+        self.works_v4: bool | None = None      # None = never seen
+        self.works_v6: bool | None = None
+
+    def feed(self, sample_ms: float) -> None:
+        """Take a connect time into the moving average."""
+        self.ema_ms = sample_ms if self.ema_ms is None else (1 - _EMA_NEW) * self.ema_ms + _EMA_NEW * sample_ms
+
+    def note(self, target: Target, works: bool) -> None:
+        """A connect to an address of the table worked, or did not."""
+        if ":" in target[0]:
+            self.works_v6 = works
+        else:
+            self.works_v4 = works
+
+    def label(self) -> str:
+        """`unknown`, `both_work`, `prefer_v6`, `prefer_v4` or `unavailable` (D3)."""
+        if self.works_v4 is None and self.works_v6 is None:
+            return "unknown"
+        if self.works_v4 and self.works_v6:
+            return "both_work"
+        return "prefer_v4" if self.works_v4 else "prefer_v6" if self.works_v6 else "unavailable"
+
+
+class Tools(NamedTuple):
+    """What every route and attempt needs."""
+
+    loop: Loop
+    names: Resolver
+    counters: Counters
+    own_addresses: Callable[[str], list[str]]  # of an interface
+
+
 class Route:
-    """One enabled `[[upstreams]]` entry."""
+    """One enabled `[[upstreams]]` entry, and what is known about it."""
 
-    __slots__ = ("entry", "fails", "_next_bind")
+    __slots__ = ("tools", "entry", "kind", "families", "server", "healthy", "fails", "checked_at", "paths", "_next_bind", "_warned")
 
-    def __init__(self, entry: Upstream) -> None:
-        self.entry = entry
-        self.fails = 0                         # failed cycles in a row
+    def __init__(self, entry: Upstream, tools: Tools, families: Families) -> None:
+        self.tools, self.entry, self.kind = tools, entry, entry.type
+        self.families = families               # what it may carry; a SOCKS server's world is not ours (D12)
+        self.server: tuple[str, int] | None = None
+        if self.kind != "direct":
+            with contextlib.suppress(ValueError):
+                self.server = parse_host_port(entry.address)
+        self.healthy = True
+        self.fails = 0                         # failed cycles and checks in a row
+        self.checked_at = tools.loop.now
+        self.paths = {dc: Path() for dc in DC_TABLE}
         self._next_bind = 0
+        self._warned: set[str] = set()
+
+    @property
+    def address(self) -> str:
+        """As the API shows it: never with credentials."""
+        return "direct" if self.kind == "direct" else self.entry.address
 
     def admits(self, scope: str) -> bool:
         """True if a request of this scope may use the entry (7.2): unscoped requests only unscoped entries."""
         if not scope:
             return self.entry.scopes == ""
-        return scope in (token.strip() for token in self.entry.scopes.split(","))
+        return scope in self.scope_tokens()
+
+    def scope_tokens(self) -> list[str]:
+        """The scopes it serves, none for the world."""
+        return [token for token in map(str.strip, self.entry.scopes.split(",")) if token]
+
+    def targets(self, to: Destination) -> list[Target]:
+        """Addresses of `to` that this route can try, best first; none if it cannot serve it (SOCKS4 and IPv6, D5)."""
+        if self.kind == "socks4":
+            found = to.targets(self.families._replace(ipv4=True, ipv6=False, prefer_v6=False))
+            return [target for target in found if ":" not in target[0]]
+        return to.targets(self.families, self.paths[to.slot].label() if to.slot else "unknown")
+
+    def dialogue(self, target: Target, scope: str) -> Dialogue | None:
+        """What to say to the SOCKS server, None for a direct way.  A scope replaces the credentials (7.2).  Raises RouteError."""
+        if self.kind == "direct":
+            return None
+        if self.server is None:
+            raise RouteError(f"Config error: invalid SOCKS server address: {self.entry.address}", hard=True)
+        if self.kind == "socks4":
+            return socks4_dialogue(target, socks4_user(scope or self.entry.user_id))
+        login = (scope, scope) if scope else (self.entry.username, self.entry.password)
+        return socks5_dialogue(target, socks5_login(*login))
 
     def source_ip(self, target: Target) -> str:
         """Local address to connect from, empty = the system's choice.
 
         Raises RouteError when a configured binding cannot be met: never leave through another address (D4).
         """
-        v6 = ":" in target[0]
+        v6, interface = ":" in target[0], self.entry.interface
+        literal = parse_ip(interface) is not None
         if self.entry.bind_addresses:
             pool = [ip for ip in self.entry.bind_addresses if _is_family(ip, v6)]
-            if not pool:
-                raise RouteError(f"No valid bind_addresses for target family {format_address(*target)}", hard=True)
-            self._next_bind += 1
-            return pool[(self._next_bind - 1) % len(pool)]
-        wanted = self.entry.interface
-        if not wanted:
+            if interface and not literal:
+                own = self.tools.own_addresses(interface)
+                pool = [ip for ip in pool if str(ipaddress.ip_address(ip)) in own]
+            if pool:
+                self._next_bind += 1
+                return pool[(self._next_bind - 1) % len(pool)]
+            if not (literal and interface and _is_family(interface, v6)):
+                raise self._unbound("No valid bind_addresses", target)
+        if not interface:
             return ""
-        if _is_family(wanted, v6):
-            return wanted
-        raise RouteError(f"No usable address on interface {wanted} for target family {format_address(*target)}", hard=True)
+        for ip in [interface] if literal else self.tools.own_addresses(interface):
+            if _is_family(ip, v6):
+                return ip
+        raise self._unbound(f"No usable address on interface {interface}", target)
+
+    def _unbound(self, why: str, target: Target) -> RouteError:
+        """The error of a binding that cannot be met; warns once per reason."""
+        reason = f"{why} for IPv{6 if ':' in target[0] else 4}"
+        if reason not in self._warned:
+            self._warned.add(reason)
+            log_upstreams.warn("%s: connections of this upstream fail", reason, upstream=self.name())
+        return RouteError(f"{why} for target family {format_address(*target)}", hard=True)
+
+    def name(self) -> str:
+        """As the connectivity table shows it."""
+        if self.kind != "direct":
+            return f"{self.kind}://{self.entry.address}"
+        parts = [f"dev={self.entry.interface}"] if self.entry.interface else []
+        parts += [f"src={','.join(self.entry.bind_addresses)}"] if self.entry.bind_addresses else []
+        return " ".join(["direct", *parts])
+
+    # -- what happened
+
+    def latency_ms(self, slot: int) -> float | None:
+        """Moving average of the connect time to a data centre, else the mean of those known, else None."""
+        if slot and self.paths[slot].ema_ms is not None:
+            return self.paths[slot].ema_ms
+        known = [path.ema_ms for path in self.paths.values() if path.ema_ms is not None]
+        return sum(known) / len(known) if known else None
+
+    def succeeded(self, to: Destination, target: Target, took_ms: float) -> None:
+        """A real connection came through."""
+        self.healthy, self.fails = True, 0
+        if to.slot:
+            self.paths[to.slot].feed(took_ms)
+            if not to.named:
+                self.paths[to.slot].note(target, True)
+
+    def failed(self, threshold: int) -> bool:
+        """A cycle or check found it wanting; True when that makes it unhealthy."""
+        self.fails += 1
+        lost = self.healthy and self.fails >= threshold
+        self.healthy = self.healthy and not lost
+        return lost
+
+    def row(self, index: int, now: float) -> dict[str, Any]:
+        """What the API shows of it (api.md 9.4)."""
+        return {"upstream_id": index, "route_kind": self.kind, "address": self.address, "weight": self.entry.weight,
+                "scopes": self.entry.scopes, "healthy": self.healthy, "fails": self.fails,
+                "last_check_age_secs": int(now - self.checked_at), "effective_latency_ms": self.latency_ms(0),
+                "dc": [{"dc": dc, "latency_ema_ms": path.ema_ms, "ip_preference": path.label()} for dc, path in self.paths.items()]}
 
 
 def _is_family(text: str, v6: bool) -> bool:
@@ -6356,117 +6789,426 @@ def _is_family(text: str, v6: bool) -> bool:
         return False
 
 
-class Upstreams:
-    """The ways out, and the connect cycles that use them."""
+class OwnAddresses:
+    """Addresses of interfaces, looked up at most every 10 s (D4)."""
 
-    def __init__(self, loop: Loop, settings: Settings, counters: Counters, families: Families) -> None:
-        self.loop, self.counters = loop, counters
-        self.directory = DcDirectory(families)
-        self.general = settings.general
-        self.deadlines: Lane[Dial] = loop.lane(max(1, settings.timeouts.tg_connect), Dial.on_timeout)
-        self.routes = [Route(entry) for entry in settings.upstreams if entry.enabled]
-        for index, entry in enumerate(settings.upstreams):
-            if entry.enabled and entry.type != "direct":
-                log_upstreams.error('upstreams[%d]: type "%s" is not available in this version: its connections fail', index, entry.type)
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._known: dict[str, tuple[float, list[str]]] = {}     # as many as the configuration names
 
-    def pick(self, scope: str) -> Route:
-        """Draw a route for `scope` by weight.  Raises RouteError when none admits it."""
-        admitted = [route for route in self.routes if route.admits(scope)]
-        if not admitted:
-            if self.routes and _no_upstream.ready():
-                log_upstreams.warn("No upstreams available! Using first (direct?)", scope=scope)
-            raise RouteError("Config error: No upstreams available", hard=True)
-        weights = [route.entry.weight for route in admitted]
-        if not any(weights):
-            weights = [1] * len(weights)
-        bounds = list(itertools.accumulate(weights))
-        return admitted[bisect.bisect_right(bounds, draw_fraction() * bounds[-1])]
-
-    def connect_dc(self, dc: int, settings: Settings, scope: str, done: Callable[[Stream | RouteError], None]) -> Cycle:
-        """Start one cycle towards `dc`; done(stream or RouteError) is called once, never before this returns."""
-        return Cycle(self, self.directory.targets(dc, settings), scope, done)
+    def of(self, interface: str) -> list[str]:
+        """Addresses in the system's order; none for an unknown interface."""
+        until, found = self._known.get(interface, (-math.inf, []))
+        if self._loop.now >= until:
+            found = interface_addresses(interface)
+            self._known[interface] = self._loop.now + _INTERFACE_KEPT_S, found
+        return found
 
 
-_no_upstream: Final = Throttle(5.0)
+# -- one attempt
 
+class Connected(NamedTuple):
+    """A connection through an upstream.  `bound`: address that a SOCKS server gave as its own."""
+
+    stream: Stream
+    kind: str = "direct"
+    bound: Target | None = None
+
+    @property
+    def local(self) -> Target:
+        """Our own (ip, port); through SOCKS that of the connection to the server.  Raises OSError."""
+        return self.stream.local_address()
+
+
+class Passage:
+    """One try to reach `target` through `route`: name, TCP and SOCKS dialogue before one deadline (D2).
+
+    done(attempt, Connected | RouteError) is called once, unless abort() came first, and never before the constructor returned.
+    """
+
+    __slots__ = ("route", "target", "began_at", "_done", "_deadlines", "_servers", "_where", "_dial", "_stream", "_answer", "_need", "_got")
+
+    def __init__(self, route: Route, target: Target, scope: str, deadlines: Lane[Passage],
+                 done: Callable[[Passage, Connected | RouteError], None]) -> None:
+        self.route, self.target, self.began_at = route, target, route.tools.loop.clock()
+        self._done: Callable[[Passage, Connected | RouteError], None] | None = done
+        self._deadlines = deadlines
+        self._servers: list[Target] = []       # whom to connect to, in order
+        self._where = target                   # what we wait for now
+        self._dial: Dial | None = None
+        self._stream: Stream | None = None
+        self._answer: Callable[[Any], tuple[bytes, int]] | None = None
+        self._need, self._got = 0, b""
+        deadlines.arm(self)
+        try:
+            dialogue = route.dialogue(target, scope)
+        except RouteError as error:
+            self._report_later(error)
+            return
+        if dialogue is not None:
+            assert route.server is not None
+            self._where, self._answer = route.server, dialogue.send
+            if parse_ip(route.server[0]) is None:
+                route.tools.names.lookup(*route.server, self._on_found)
+                return
+        self._servers = [self._where]
+        if (unbound := self._dial_next(None)) is not None:
+            self._report_later(unbound)
+
+    @property
+    def took_ms(self) -> float:
+        """Milliseconds since it began."""
+        return (self.route.tools.loop.clock() - self.began_at) * 1000
+
+    def abort(self) -> None:
+        """Nobody waits any more."""
+        self._done = None
+        self._deadlines.cancel(self)
+        if self._dial is not None:
+            self._dial.abort()
+        if self._stream is not None:
+            self._stream.close()
+
+    def on_timeout(self) -> None:
+        """Called by its lane."""
+        self._report(RouteError(f"Connection timeout to {format_address(*self._where)}"))
+
+    def on_crash(self) -> None:
+        """Our own error in a step."""
+        self._report(RouteError("internal error"))
+
+    def _on_found(self, found: list[str] | Exception) -> None:
+        """The SOCKS server's name was looked up, perhaps at once."""
+        self.route.tools.loop.defer(functools.partial(self._on_addresses, found))
+
+    def _on_addresses(self, found: list[str] | Exception) -> None:
+        assert self.route.server is not None
+        if isinstance(found, ConfigError):
+            self._report(RouteError(str(found), hard=True))
+        elif isinstance(found, Exception):
+            text = found.strerror if isinstance(found, OSError) else found
+            self._report(RouteError(f"IO error: failed to lookup address information: {text}"))
+        elif self._done is not None:
+            self._servers = [(ip, self.route.server[1]) for ip in found]
+            self._go_on(RouteError("IO error: failed to lookup address information: no address"))
+
+    def _go_on(self, error: RouteError) -> None:
+        """Try the next address, or give up with what the last one said."""
+        last = self._dial_next(error)
+        if last is not None:
+            self._report(last)
+
+    def _dial_next(self, error: RouteError | None) -> RouteError | None:
+        """Connect to the next address that we can go to; without one return the last error."""
+        while self._servers:
+            self._where = self._servers.pop(0)
+            try:
+                source_ip = self.route.source_ip(self._where)
+            except RouteError as unbound:
+                error = unbound
+                continue
+            self._dial = Dial(self.route.tools.loop, *self._where, None, self._on_dialled, source_ip)
+            return None
+        return error
+
+    def _on_dialled(self, result: Stream | RouteError) -> None:
+        self._dial = None
+        if isinstance(result, RouteError):
+            if not self._servers and self.route.server is not None:
+                self.route.tools.names.forget(self.route.server[0])
+            self._go_on(result)
+        elif self._done is None:
+            result.close()
+        elif self._answer is None:
+            self._report(Connected(result))
+        else:
+            self._stream, self._where = result, self.target
+            result.watch(0, self._on_readable)
+            self._say(None)
+
+    def _say(self, answer: bytes | None) -> None:
+        """Give the dialogue what it asked for, and send what it says to that."""
+        assert self._stream is not None and self._answer is not None
+        try:
+            out, self._need = self._answer(answer)
+            self._got = b""
+            if self._stream.write(out) != len(out):        # at most 515 bytes into an empty buffer
+                raise RouteError("IO error: the SOCKS request does not fit the socket buffer")
+            self._stream.want(READ)
+        except StopIteration as end:
+            stream, self._stream = self._stream, None
+            stream.want(0)                     # what else has arrived is for the next owner
+            self._report(Connected(stream, self.route.kind, end.value))
+        except RouteError as error:
+            self._report(error)
+        except OSError as error:
+            self._report(_io_error(error))
+
+    def _on_readable(self, _mask: int) -> None:
+        if self._stream is None or self._done is None:
+            return
+        try:
+            data = self._stream.read(self._need - len(self._got))      # never a byte too many
+        except OSError as error:
+            self._report(_io_error(error))
+            return
+        if data is None:
+            return
+        self._got += data
+        if not data:
+            self._report(RouteError("IO error: early eof"))
+        elif len(self._got) == self._need:
+            self._say(self._got)
+
+    def _report_later(self, error: RouteError) -> None:
+        self.route.tools.loop.defer(functools.partial(self._report, error))
+
+    def _report(self, result: Connected | RouteError) -> None:
+        done = self._done
+        self.abort()
+        if done is not None:
+            done(self, result)
+        elif isinstance(result, Connected):
+            result.stream.close()
+
+
+def _io_error(error: OSError) -> RouteError:
+    return RouteError(f"IO error: {error.strerror} (os error {error.errno})", code=error.errno or 0)
+
+
+# -- one request for a connection
 
 class Cycle:
-    """One request for a connection: up to `upstream_connect_retry_attempts` attempts, each on the next address."""
+    """Up to `upstream_connect_retry_attempts` attempts for one connection (7.4, D7).
 
-    __slots__ = ("_up", "_targets", "_route", "_done", "_attempt", "_start", "_dial", "_timer", "where")
+    Every further attempt goes through a healthy route that this cycle has not tried, while there is one: at once when the last
+    has failed, beside it when it has been silent for a quarter of its time.  Else the same route again, after a pause.
+    """
 
-    def __init__(self, upstreams: Upstreams, targets: list[Target], scope: str, done: Callable[[Stream | RouteError], None]) -> None:
-        self._up, self._targets = upstreams, targets
-        self._done: Callable[[Stream | RouteError], None] | None = done
-        self._attempt = 0
-        self._start = upstreams.loop.now
-        self._dial: Dial | None = None
+    __slots__ = ("_up", "_to", "_scope", "_blame", "_done", "_began_at", "_attempts", "_tried", "_errors", "_closed", "_racing", "_timer",
+                 "where")
+
+    def __init__(self, upstreams: Upstreams, to: Destination, scope: str, blame: bool,
+                 done: Callable[[Connected | RouteError], None]) -> None:
+        self._up, self._to, self._scope = upstreams, to, scope
+        self._blame = blame                    # whether it tells about the routes' health (D12)
+        self._done: Callable[[Connected | RouteError], None] | None = done
+        self._began_at = upstreams.loop.now
+        self._attempts = 0
+        self._tried: dict[Route, int] = {}     # attempts per route
+        self._errors: dict[Route, RouteError] = {}
+        self._closed: set[Route] = set()       # met a hard error under failfast
+        self._racing: dict[Passage, None] = {}
         self._timer: Timer | None = None
-        self.where = targets[0]                # address of the current attempt
+        self.where = to.targets(upstreams.directory.families)[0]     # address of the latest attempt
         try:
-            self._route = upstreams.pick(scope)
+            self._launch(upstreams.pick(scope, to))
         except RouteError as error:            # no route is no cycle: nothing is counted (7.2)
             upstreams.loop.defer(functools.partial(self._finish, error))
-        else:
-            self._try_next()
 
     def abort(self) -> None:
         """The client left: stop, count nothing more."""
         self._done = None
-        if self._dial is not None:
-            self._dial.abort()
+        for attempt in self._racing:
+            attempt.abort()
+        self._racing.clear()
+        self._up.silences.cancel(self)
         if self._timer is not None:
             self._timer.cancel()
 
-    def _try_next(self) -> None:
-        self.where = ip, port = self._targets[self._attempt % len(self._targets)]
-        self._attempt += 1
-        self._up.counters.attempt()
-        try:
-            if self._route.entry.type != "direct":
-                raise RouteError(f"upstream type {self._route.entry.type} is not available in this version", hard=True)
-            source_ip = self._route.source_ip(self.where)
-        except RouteError as error:
-            self._up.loop.defer(functools.partial(self._on_dialled, error))
-            return
-        self._dial = Dial(self._up.loop, ip, port, self._up.deadlines, self._on_dialled, source_ip)
-
-    def _on_dialled(self, result: Stream | RouteError) -> None:
-        general = self._up.general
-        if self._done is None:
-            if isinstance(result, Stream):
-                result.close()
-            return
-        if isinstance(result, Stream):
-            self._route.fails = 0
-            self._end_cycle(result)
-            return
-        stop = result.hard and general.upstream_connect_failfast_hard_errors
-        if stop:
-            self._up.counters.hard_error()
-        if stop or self._attempt >= general.upstream_connect_retry_attempts:
-            self._route.fails += 1
-            log_upstreams.warn("Upstream failed after retries: %s", result, fails=self._route.fails, attempts=self._attempt)
-            self._end_cycle(result)
-            return
-        backoff = general.upstream_connect_retry_backoff_ms
-        pause_ms = backoff + int(draw_fraction() * (max(1, backoff // 2) + 1)) if backoff else 0
-        self._timer = self._up.loop.call_later(pause_ms / 1000, self._try_next)
-
-    def _end_cycle(self, result: Stream | RouteError) -> None:
-        self._up.counters.cycle(isinstance(result, Stream), self._attempt, int((self._up.loop.now - self._start) * 1000))
-        self._finish(result)
+    def on_silence(self) -> None:
+        """Called by its lane: the attempts under way take long."""
+        self._launch_elsewhere()
 
     def on_crash(self) -> None:
         """Our own error in a step of the cycle."""
         self._finish(RouteError("internal error"))
 
-    def _finish(self, result: Stream | RouteError) -> None:
-        done, self._done = self._done, None
+    def _launch(self, route: Route) -> None:
+        """Begin the next attempt through `route`.  Raises RouteError if it cannot serve the destination at all."""
+        self._timer = None
+        targets = route.targets(self._to)
+        if not targets:
+            raise _refused("SOCKS4 does not support IPv6")
+        before = self._attempts if self._to.named else self._tried.get(route, 0)
+        self.where = targets[before % len(targets)]
+        self._attempts += 1
+        self._tried[route] = self._tried.get(route, 0) + 1
+        self._up.counters.attempt()
+        self._racing[Passage(route, self.where, self._scope, self._up.deadlines, self._on_attempt)] = None
+        if self._budget_left() and self._up.untried(self._scope, self._to, self._tried):
+            self._up.silences.arm(self)
+
+    def _budget_left(self) -> bool:
+        return self._attempts < self._up.general.upstream_connect_retry_attempts
+
+    def _launch_elsewhere(self) -> bool:
+        """Begin an attempt through a healthy route not tried yet; False if there is none or the budget is spent."""
+        others = self._up.untried(self._scope, self._to, self._tried) if self._budget_left() else []
+        if others:
+            self._launch(self._up.draw(others, self._to.slot))
+        return bool(others)
+
+    def _on_attempt(self, attempt: Passage, result: Connected | RouteError) -> None:
+        self._racing.pop(attempt, None)
+        if self._done is None:
+            if isinstance(result, Connected):
+                result.stream.close()
+            return
+        if isinstance(result, Connected):
+            if self._blame:
+                attempt.route.succeeded(self._to, attempt.target, attempt.took_ms)
+                self._errors.pop(attempt.route, None)
+            self._end_cycle(result)
+            return
+        self._errors[attempt.route] = result
+        if result.hard and self._up.general.upstream_connect_failfast_hard_errors:
+            if not self._closed:
+                self._up.counters.hard_error()
+            self._closed.add(attempt.route)
+        if self._launch_elsewhere() or self._racing:
+            return
+        if attempt.route in self._closed or not self._budget_left():
+            self._end_cycle(result)
+            return
+        backoff = self._up.general.upstream_connect_retry_backoff_ms
+        pause_ms = backoff + int(draw_fraction() * (max(1, backoff // 2) + 1)) if backoff else 0
+        self._timer = self._up.loop.call_later(pause_ms / 1000, functools.partial(self._launch, attempt.route))
+
+    def _end_cycle(self, result: Connected | RouteError) -> None:
+        self._up.counters.cycle(isinstance(result, Connected), self._attempts, int((self._up.loop.now - self._began_at) * 1000))
+        for route, error in self._errors.items():
+            self._up.blame(route if self._blame else None, error, self._tried[route])
+        self._finish(result)
+
+    def _finish(self, result: Connected | RouteError) -> None:
+        done = self._done
+        self.abort()
         if done is not None:                   # through the loop: an error in there is its owner's, not ours
             self._up.loop.call(done, result)
 
 
+class Upstreams:
+    """The ways out, and the connect cycles that use them."""
+
+    def __init__(self, loop: Loop, settings: Settings, counters: Counters, families: Families, names: Resolver) -> None:
+        self.loop, self.counters = loop, counters
+        self.general = settings.general        # upstream_* need a restart
+        self.apply(settings)
+        self.directory = DcDirectory(families)
+        patience_s = max(1, settings.timeouts.tg_connect)
+        self.deadlines: Lane[Passage] = loop.lane(patience_s, Passage.on_timeout)
+        self.silences: Lane[Cycle] = loop.lane(patience_s / _SILENT_PART, Cycle.on_silence)
+        tools = Tools(loop, names, counters, OwnAddresses(loop).of)
+        network = settings.network
+        beyond = Families(network.ipv4, network.ipv6, network.prefer == 6 and network.ipv6)
+        self.routes = [Route(entry, tools, families if entry.type == "direct" else beyond)
+                       for entry in settings.upstreams if entry.enabled]
+        for route in self.routes:
+            self._examine(route)
+
+    @staticmethod
+    def _examine(route: Route) -> None:
+        """Warn once, at start, about an entry that cannot work (D20)."""
+        try:
+            route.dialogue((DC_TABLE[_DEFAULT_DC][0], DC_PORT), "")
+        except RouteError as error:
+            log_upstreams.warn("%s: connections of this upstream fail", error, upstream=route.name())
+
+    def apply(self, settings: Settings) -> None:
+        """Take over the hot keys: dc_overrides for the checks; connections bring their own settings."""
+        self.settings = settings
+
+    # -- choosing
+
+    def candidates(self, scope: str, to: Destination) -> list[Route]:
+        """Routes that the scope admits; SOCKS4 ones not for IPv6 if another is there (D5)."""
+        admitted = [route for route in self.routes if route.admits(scope)]
+        if any(route.kind == "socks4" for route in admitted) and ":" in to.targets(self.directory.families)[0][0]:
+            return [route for route in admitted if route.kind != "socks4"] or admitted
+        return admitted
+
+    def untried(self, scope: str, to: Destination, tried: Container[Route]) -> list[Route]:
+        """Healthy routes that a cycle may go on with."""
+        if len(self.routes) == 1:
+            return []
+        return [route for route in self.candidates(scope, to) if route.healthy and route not in tried]
+
+    def pick(self, scope: str, to: Destination) -> Route:
+        """Draw the first route of a cycle (7.3).  Raises RouteError when none admits the scope."""
+        found = self.candidates(scope, to)
+        if not found:
+            if self.routes and _no_upstream.ready():
+                log_upstreams.warn("No upstreams available! Using first (direct?)", scope=scope)
+            raise RouteError("Config error: No upstreams available", hard=True)
+        healthy = [route for route in found if route.healthy]
+        if healthy:
+            return self.draw(healthy, to.slot)
+        if _none_healthy.ready():
+            log_upstreams.warn("No healthy upstreams available! Using random.")
+        return found[int(draw_fraction() * len(found))]
+
+    @staticmethod
+    def draw(routes: Sequence[Route], slot: int) -> Route:
+        """Draw one by weight, faster ones more often."""
+        if len(routes) == 1:
+            return routes[0]
+        weights = []
+        for route in routes:
+            latency = route.latency_ms(slot)
+            weights.append(route.entry.weight * (1.0 if latency is None else 1000.0 / max(latency, 1.0)))
+        bounds = list(itertools.accumulate(weights if any(weights) else [1.0] * len(routes)))
+        at = bisect.bisect_right(bounds, draw_fraction() * bounds[-1])
+        return routes[at if at < len(routes) else 0]
+
+    # -- connecting
+
+    def connect_dc(self, dc: int, settings: Settings, scope: str, done: Callable[[Connected | RouteError], None]) -> Cycle:
+        """Start one cycle towards `dc`; done(Connected or RouteError) is called once, never before this returns."""
+        return Cycle(self, self.directory.find(dc, settings), scope, True, done)
+
+    def connect(self, targets: Sequence[Target], done: Callable[[Connected | RouteError], None], *, dc: int = 0, scope: str = "",
+                blame: bool = True) -> Cycle:
+        """Start one cycle towards the first of `targets` that answers, one per attempt.
+
+        dc: index whose latency it tells about, 0 = none.  blame: whether failure and success tell about the upstreams' health.
+        """
+        return Cycle(self, Destination(tuple(targets), slot=abs(dc) if abs(dc) in DC_TABLE else 0), scope, blame, done)
+
+    def blame(self, route: Route | None, error: RouteError, attempts: int) -> None:
+        """A cycle failed through `route`; None = whose health that says nothing about."""
+        if route is None:
+            log_upstreams.debug("Upstream failed after retries: %s", error, attempts=attempts)
+            return
+        threshold = self.general.upstream_unhealthy_fail_threshold
+        lost = route.failed(threshold)
+        log_upstreams.warn("Upstream failed after retries: %s", error, fails=route.fails, attempts=attempts)
+        if lost:
+            log_upstreams.warn("Upstream marked unhealthy", upstream=route.name(), fails=route.fails, threshold=threshold)
+
+    # -- what the API shows
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Enabled upstreams in the order of the configuration (api.md 9.4)."""
+        return [route.row(index, self.loop.now) for index, route in enumerate(self.routes)]
+
+    def summary(self) -> dict[str, int]:
+        """How many there are of what (api.md 9.4)."""
+        kinds = [route.kind for route in self.routes]
+        healthy = sum(route.healthy for route in self.routes)
+        return {"configured_total": len(kinds), "healthy_total": healthy, "unhealthy_total": len(kinds) - healthy,
+                **{f"{kind}_total": kinds.count(kind) for kind in ("direct", "socks4", "socks5")}}
+
+    def network_path(self) -> list[dict[str, Any]]:
+        """The table's addresses and what the first upstream knows about them (13.2)."""
+        first = self.routes[0] if self.routes else None
+        return [{"dc": dc, "ip_preference": first.paths[dc].label().removesuffix("_work") if first else None,
+                 "selected_addr_v4": format_address(v4, DC_PORT), "selected_addr_v6": format_address(v6, DC_PORT)}
+                for dc, (v4, v6) in DC_TABLE.items()]
+
+
+_no_upstream: Final = Throttle(5.0)
+_none_healthy: Final = Throttle(5.0)
 log_upstreams: Final = Log("upstreams")
 
 
@@ -7831,11 +8573,11 @@ class Routing:
         elif len(self.early) >= _EARLY_MAX:
             self.stream.want(HANGUP)
 
-    def _on_dc(self, result: Stream | RouteError) -> None:
+    def _on_dc(self, result: Connected | RouteError) -> None:
         if isinstance(result, RouteError):
             self.close(result)
         else:
-            self._hand_over(result)
+            self._hand_over(result.stream)
 
     def _hand_over(self, dc: Stream) -> None:
         """Join both streams in a relay; from here it closes both."""
@@ -7997,12 +8739,12 @@ class Server:
         self.doorman = Doorman(backend)
         self.doorman.apply(settings.access)
         self.detected = detect_addresses(settings)
-        self.upstreams = Upstreams(loop, settings, self.counters, decide_families(settings.network, *self.detected))
+        self.resolver = Resolver(loop)
+        self.resolver.overrides = parse_dns_overrides(settings.network.dns_overrides)
+        self.upstreams = Upstreams(loop, settings, self.counters, decide_families(settings.network, *self.detected), self.resolver)
         self.handshakes: Lane[ClientSession] = loop.lane(settings.timeouts.client_handshake, ClientSession.on_deadline)
         self.half_closed: Lane[DirectRelay] = loop.lane(HALF_CLOSED_S, DirectRelay.on_half_closed_timeout)
         self.places = Places(slot_cap(fd_limit))
-        self.resolver = Resolver(loop)
-        self.resolver.overrides = parse_dns_overrides(settings.network.dns_overrides)
         self.masks = Masks(loop, self.arena, self.resolver, self.places.cap, self.ended)
         self.fronts = FrontProfiles(settings, loop, functools.partial(backend.x25519_public, os.urandom), os.urandom, self._dial_mask)
         self.sweep = Sweep(loop)
@@ -9521,8 +10263,6 @@ def missing_parts(settings: Settings) -> list[str]:
         found.append("general.quota_state_path: not part of this version, used octets begin at 0 with every start")
     if settings.general.event_loop == "uvloop":
         found.append('general.event_loop: "uvloop" is not part of this version, using auto')
-    found += [f"upstreams[{index}].interface: names are not part of this version, use a local IP; its connections fail"
-              for index, entry in enumerate(settings.upstreams) if entry.enabled and entry.interface and parse_ip(entry.interface) is None]
     return found
 
 

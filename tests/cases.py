@@ -177,7 +177,7 @@ class FakeUpstreams:
     def connect(self):
         """Let the oldest waiting session have its data centre; returns the far end."""
         near, far = tcp_pair()
-        self.waiting.pop(0)(telemt.Stream(self.loop, near))
+        self.waiting.pop(0)(telemt.Connected(telemt.Stream(self.loop, near)))
         return far
 
 

@@ -75,7 +75,7 @@ def test_accepting_stops_at_the_cap_and_goes_on_below(make_server, logged):
 def relay_of(server, monkeypatch):
     """A running session of alice through a data centre on loopback."""
     dc = socket.create_server(("127.0.0.1", 0))
-    monkeypatch.setattr(telemt.DcDirectory, "targets", lambda *_: [dc.getsockname()[:2]])
+    monkeypatch.setattr(telemt.DcDirectory, "find", lambda *_: telemt.Destination((dc.getsockname()[:2],)))
     client = client_of(server)
     client.sendall(client_preamble()[0])
     server.loop.settle()

@@ -1,12 +1,15 @@
 """Room 15: which address a data-centre index means, and what a connect cycle does and counts."""
 import os
 import socket
+import threading
+import time
 
 import pytest
 
 import telemt
-from telemt import Counters, DcDirectory, Families, Level, LogBook, RouteError, Stream, Upstreams, decide_families, parse_target
-from tests.cases import TestLoop, settings_of
+from telemt import (Connected, Counters, DcDirectory, Families, Level, LogBook, Resolver, RouteError, Stream, Upstreams, decide_families,
+                    parse_target)
+from tests.cases import TestLoop, load_vector, settings_of
 
 BOTH = Families(True, True, False)
 V4 = Families(True, False, False)
@@ -28,7 +31,12 @@ def warnings(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize(("families", "dc", "targets"), [
+def targets(families, dc, settings):
+    """Addresses in the order of a direct way that nothing is known about."""
+    return DcDirectory(families).find(dc, settings).targets(families)
+
+
+@pytest.mark.parametrize(("families", "dc", "expected"), [
     (V4, 1, [("149.154.175.50", 443)]), (V4, -4, [("149.154.167.91", 443)]), (V4, 5, [("149.154.171.5", 443)]),
     (BOTH, 2, [("149.154.167.51", 443), ("2001:67c:4e8:f002::a", 443)]),
     (V6_FIRST, 3, [("2001:b28:f23d:f003::a", 443), ("149.154.175.100", 443)]),
@@ -36,26 +44,26 @@ def warnings(monkeypatch):
     (V4, 203, [("91.105.192.100", 443)]), (V4, 0, [("149.154.167.51", 443)]), (V4, 10002, [("149.154.167.51", 443)]),
     (V4, -203, [("149.154.167.51", 443)]),
 ])
-def test_table_and_default_cluster(families, dc, targets):
+def test_table_and_default_cluster(families, dc, expected):
     text = '[general]\nunknown_dc_log_path = ""'
-    assert DcDirectory(families).targets(dc, settings_of(text)) == targets
+    assert targets(families, dc, settings_of(text)) == expected
 
 
-@pytest.mark.parametrize(("families", "texts", "targets"), [
+@pytest.mark.parametrize(("families", "texts", "expected"), [
     (V4, ["[::1]:1", "1.2.3.4:5", "1.2.3.5:6"], [("1.2.3.4", 5), ("1.2.3.5", 6), ("::1", 1)]),
     (V6_FIRST, ["1.2.3.4:5", "[::1]:1"], [("::1", 1), ("1.2.3.4", 5)]),
     (V4, ["[::1]:1"], [("::1", 1)]),
     (V4, [" 1.2.3.4:5", "host:1", "1.2.3.4:5"], [("1.2.3.4", 5)]),
 ])
-def test_overrides(families, texts, targets, warnings):
+def test_overrides(families, texts, expected, warnings):
     settings = settings_of(f"[dc_overrides]\n2 = {texts!r}")
-    assert DcDirectory(families).targets(2, settings) == targets
-    assert len(warnings) == len(texts) - len(targets)
-    assert DcDirectory(families).targets(-2, settings)[0][0].startswith(("149.", "2001:")), "exact text: 2 does not serve -2"
+    assert targets(families, 2, settings) == expected
+    assert len(warnings) == len(texts) - len(expected)
+    assert targets(families, -2, settings)[0][0].startswith(("149.", "2001:")), "exact text: 2 does not serve -2"
 
 
 def test_only_bad_overrides_fall_back_to_the_table(warnings):
-    assert DcDirectory(V4).targets(4, settings_of('[dc_overrides]\n4 = "nonsense"')) == [("149.154.167.91", 443)]
+    assert targets(V4, 4, settings_of('[dc_overrides]\n4 = "nonsense"')) == [("149.154.167.91", 443)]
 
 
 @pytest.mark.parametrize(("default_dc", "ip"), [
@@ -63,12 +71,12 @@ def test_only_bad_overrides_fall_back_to_the_table(warnings):
 ])
 def test_default_dc(default_dc, ip):
     settings = settings_of(f'{default_dc}\n[general]\nunknown_dc_log_path = ""')
-    assert DcDirectory(V4).targets(77, settings) == [(ip, 443)]
+    assert targets(V4, 77, settings) == [(ip, 443)]
 
 
 def test_cdn_has_an_ipv6_address_of_its_own():
     settings = settings_of("[network]\nipv4 = false\nipv6 = true\nprefer = 6")
-    assert DcDirectory(Families(False, True, True)).targets(203, settings) == [("2a0a:f280:203:a:5000::100", 443)]
+    assert targets(Families(False, True, True), 203, settings) == [("2a0a:f280:203:a:5000::100", 443)]
 
 
 def test_unknown_dc_file_gets_each_index_once(tmp_path, warnings):
@@ -76,7 +84,7 @@ def test_unknown_dc_file_gets_each_index_once(tmp_path, warnings):
     settings = settings_of(f'[general]\nunknown_dc_log_path = "{path}"')
     directory = DcDirectory(V4)
     for dc in (77, 77, -78, 77):
-        directory.targets(dc, settings)
+        directory.find(dc, settings)
     assert path.read_text() == "dc_idx=77\ndc_idx=-78\n" and path.stat().st_mode & 0o777 == 0o600
 
 
@@ -86,7 +94,7 @@ def test_unknown_dc_file_that_cannot_be_written_is_one_warning(tmp_path, warning
     os.mkfifo(tmp_path / "fifo")
     directory = DcDirectory(V4)
     for dc in (77, 78):
-        directory.targets(dc, settings_of(f'[general]\nunknown_dc_log_path = "{tmp_path}/{path}"'))
+        directory.find(dc, settings_of(f'[general]\nunknown_dc_log_path = "{tmp_path}/{path}"'))
     assert sum("cannot be written" in text for text in warnings) == 1
 
 
@@ -94,7 +102,7 @@ def test_unknown_dc_file_refuses_dots_and_links(tmp_path, warnings):
     (tmp_path / "real").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     for path in (f"{tmp_path}/x/../escape", f"{tmp_path}/link"):
-        DcDirectory(V4).targets(77, settings_of(f'[general]\nunknown_dc_log_path = "{path}"'))
+        targets(V4, 77, settings_of(f'[general]\nunknown_dc_log_path = "{path}"'))
     assert (tmp_path / "real").read_text() == "" and not (tmp_path / "escape").exists()
 
 
@@ -129,14 +137,12 @@ class FakeDial:
     made: list = []
 
     def __init__(self, loop, ip, port, deadlines, done, source_ip=""):
-        self.where, self.timeout_s, self.done, self.source_ip, self.aborted = (ip, port), deadlines.seconds, done, source_ip, False
+        assert deadlines is None, "the attempt watches the time"
+        self.where, self.done, self.source_ip, self.aborted = (ip, port), done, source_ip, False
         FakeDial.made.append(self)
 
     def abort(self):
         self.aborted = True
-
-    def on_timeout(self):
-        raise AssertionError("the test ends its dials itself")
 
 
 @pytest.fixture
@@ -146,28 +152,69 @@ def dials(monkeypatch):
     return FakeDial.made
 
 
-def upstreams(loop, text=""):
+def upstreams(loop, text="", families=V4):
     settings = settings_of(text)
-    return Upstreams(loop, settings, Counters(), V4), settings
+    resolver = Resolver(loop)
+    resolver.overrides = telemt.parse_dns_overrides(settings.network.dns_overrides)
+    return Upstreams(loop, settings, Counters(), families, resolver), settings
+
+
+def entries(*texts):
+    """[[upstreams]] of these lines each; without a type they are direct."""
+    return "".join("[[upstreams]]\n" + ("" if "type" in text else 'type = "direct"\n') + text + "\n" for text in texts)
+
+
+class Ends:
+    """Streams for dials that succeed, closed at the end of the test."""
+
+    def __init__(self, loop):
+        self.loop, self.sockets = loop, []
+
+    def __call__(self):
+        near, far = socket.socketpair()
+        self.sockets += [near, far]
+        return Stream(self.loop, near)
+
+
+@pytest.fixture
+def a_stream(loop):
+    ends = Ends(loop)
+    yield ends
+    for sock in ends.sockets:
+        sock.close()
+
+
+def order(monkeypatch, *positions):
+    """Draws of the weighted choice: fractions in [0, 1), then 0 for ever."""
+    left = list(positions)
+    monkeypatch.setattr(telemt, "draw_fraction", lambda: left.pop(0) if left else 0.0)
 
 
 TWO = '[dc_overrides]\n2 = ["1.1.1.1:1", "2.2.2.2:2"]\n'
-REFUSED = RouteError("IO error: Connection refused (os error 111)", hard=True)
+REFUSED = RouteError("IO error: Connection refused (os error 111)", code=111)
 SLOW = RouteError("Connection timeout to 1.1.1.1:1")
 
 
-def test_cycle_succeeds_at_once(loop, dials, warnings):
-    ways, settings = upstreams(loop, TWO + "[timeouts]\ntg_connect = 3")
+def test_cycle_succeeds_at_once(loop, dials, warnings, a_stream):
+    ways, settings = upstreams(loop, TWO)
     found = []
     ways.connect_dc(2, settings, "", found.append)
-    assert dials[0].where == ("1.1.1.1", 1) and dials[0].timeout_s == 3
-    one, two = socket.socketpair()
-    dials[0].done(Stream(loop, one))
-    assert isinstance(found[0], Stream) and not warnings
+    assert dials[0].where == ("1.1.1.1", 1)
+    stream = a_stream()
+    dials[0].done(stream)
+    assert found == [Connected(stream)] and found[0].kind == "direct" and not warnings
     counters = ways.counters
     assert (counters.connect_attempt_total, counters.connect_success_total, counters.connect_fail_total) == (1, 1, 0)
-    one.close()
-    two.close()
+
+
+def test_an_attempt_ends_with_tg_connect(loop, dials, warnings):
+    ways, settings = upstreams(loop, TWO + "[timeouts]\ntg_connect = 3\n[general]\nupstream_connect_retry_attempts = 1")
+    found = []
+    ways.connect_dc(2, settings, "", found.append)
+    loop.turn(2.9)
+    assert not found
+    loop.turn(0.2)
+    assert str(found[0]) == "Connection timeout to 1.1.1.1:1" and not found[0].hard and dials[0].aborted
 
 
 def test_cycle_retries_on_the_next_address_and_gives_up(loop, dials, warnings):
@@ -175,15 +222,41 @@ def test_cycle_retries_on_the_next_address_and_gives_up(loop, dials, warnings):
     found = []
     ways.connect_dc(2, settings, "", found.append)
     dials[0].done(REFUSED)
+    loop.turn()
     loop.turn(0.2)
     dials[1].done(SLOW)
+    loop.turn()
     loop.turn(0.2)
     assert [dial.where for dial in dials] == [("1.1.1.1", 1), ("2.2.2.2", 2), ("1.1.1.1", 1)]
     dials[2].done(REFUSED)
+    loop.turn()
     assert found == [REFUSED] and warnings == [f"Upstream failed after retries: {REFUSED} fails=1 attempts=3"]
     counters = ways.counters
     assert (counters.connect_attempt_total, counters.connect_fail_total, counters.connect_attempts) == (3, 1, [0, 0, 1, 0])
     assert counters.connect_fail_ms == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(("attempts", "bucket"), [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (9, 3)])
+@pytest.mark.parametrize(("pause", "slot"), [(0.1, 0), (0.1015, 1), (0.5, 1), (0.5015, 2), (1.0, 2), (1.0015, 3)])
+def test_buckets(loop, dials, warnings, attempts, bucket, pause, slot):
+    ways, settings = upstreams(loop, f"[general]\nupstream_connect_retry_attempts = {attempts}\nupstream_connect_retry_backoff_ms = 0")
+    ways.connect_dc(2, settings, "", lambda _: None)
+    loop.turn(pause)
+    for _ in range(attempts):
+        dials[-1].done(REFUSED)
+        loop.turn()
+        loop.turn()
+    assert ways.counters.connect_attempts == [int(n == bucket) for n in range(4)]
+    assert ways.counters.connect_fail_ms == [int(n == slot) for n in range(4)]
+    assert sum(ways.counters.connect_success_ms) == 0
+
+
+def test_switched_off_counters_stand_still(loop, dials, a_stream):
+    ways, settings = upstreams(loop)
+    ways.counters.enabled = False
+    ways.connect_dc(2, settings, "", lambda _: None)
+    dials[0].done(a_stream())
+    assert (ways.counters.connect_attempt_total, ways.counters.connect_success_total) == (0, 0)
 
 
 def test_failfast_ends_at_a_hard_error_only(loop, dials, warnings):
@@ -192,56 +265,507 @@ def test_failfast_ends_at_a_hard_error_only(loop, dials, warnings):
     ways.connect_dc(2, settings, "", found.append)
     dials[0].done(SLOW)
     loop.turn()
+    loop.turn()
     assert not found
     dials[1].done(REFUSED)
+    loop.turn()
     ways.connect_dc(2, settings, "", found.append)
     dials[2].done(REFUSED)
+    loop.turn()
     assert found == [REFUSED, REFUSED] and ways.counters.connect_failfast_hard_error_total == 2
 
 
-def test_aborted_cycle_counts_nothing_and_closes_a_late_stream(loop, dials):
+def test_aborted_cycle_counts_nothing_and_closes_a_late_stream(loop, dials, a_stream):
     ways, settings = upstreams(loop, TWO)
     found = []
     cycle = ways.connect_dc(2, settings, "", found.append)
     cycle.abort()
-    one, two = socket.socketpair()
-    dials[0].done(Stream(loop, one))
+    stream = a_stream()
+    dials[0].done(stream)
     loop.turn()
-    assert dials[0].aborted and not found and one.fileno() == -1 and ways.counters.connect_fail_total == 0
-    two.close()
+    assert dials[0].aborted and not found and stream.sock.fileno() == -1 and ways.counters.connect_fail_total == 0
 
 
 @pytest.mark.parametrize(("scope", "scopes", "admits"), [
     ("", "", True), ("", "a", False), ("a", "", False), ("a", "b, a", True), ("a", "*", False), ("A", "a", False),
 ])
 def test_scopes(loop, dials, scope, scopes, admits, warnings):
-    ways, settings = upstreams(loop, f'[[upstreams]]\ntype = "direct"\nscopes = "{scopes}"')
+    ways, settings = upstreams(loop, entries(f'scopes = "{scopes}"'))
     found = []
     ways.connect_dc(2, settings, scope, found.append)
     loop.turn()
     assert bool(dials) is admits
     if not admits:
         assert str(found[0]) == "Config error: No upstreams available" and ways.counters.connect_attempt_total == 0
+        assert ways.counters.connect_fail_total == 0 and ways.routes[0].fails == 0
+
+
+def test_all_entries_disabled(loop, dials, warnings):
+    ways, settings = upstreams(loop, entries("enabled = false"))
+    found = []
+    ways.connect_dc(2, settings, "", found.append)
+    loop.turn()
+    assert str(found[0]) == "Config error: No upstreams available" and ways.rows() == []
+    assert ways.network_path()[0] == {"dc": 1, "ip_preference": None, "selected_addr_v4": "149.154.175.50:443",
+                                      "selected_addr_v6": "[2001:b28:f23d:f001::a]:443"}
+
+
+# -- selection and failover
+
+
+def test_weights_and_latencies_share_out_the_connections(loop):
+    ways, _ = upstreams(loop, entries("weight = 3", "weight = 1", "weight = 0"))
+    drawn = [ways.draw(ways.routes, 2) for _ in range(4000)]
+    counts = [drawn.count(route) for route in ways.routes]
+    assert counts[2] == 0 and 0.70 < counts[0] / 4000 < 0.80
+    ways.routes[0].paths[2].feed(100.0)
+    ways.routes[1].paths[2].feed(20.0)
+    drawn = [ways.draw(ways.routes, 2) for _ in range(4000)]
+    assert 0.33 < drawn.count(ways.routes[0]) / 4000 < 0.42, "3 * 1000/100 against 1000/20"
+
+
+def test_no_weight_at_all_is_an_even_choice(loop):
+    ways, _ = upstreams(loop, entries("weight = 0", "weight = 0"))
+    drawn = [ways.draw(ways.routes, 0) for _ in range(2000)]
+    assert 0.4 < drawn.count(ways.routes[0]) / 2000 < 0.6
+
+
+@pytest.mark.parametrize(("samples", "slot", "latency"), [
+    ({}, 2, None), ({2: [10.0]}, 2, 10.0), ({2: [10.0, 20.0]}, 2, 13.0), ({1: [10.0], 3: [20.0]}, 2, 15.0), ({1: [8.0]}, 0, 8.0),
+])
+def test_effective_latency(loop, samples, slot, latency):
+    route = upstreams(loop)[0].routes[0]
+    for dc, values in samples.items():
+        for value in values:
+            route.paths[dc].feed(value)
+    assert route.latency_ms(slot) == (latency if latency is None else pytest.approx(latency))
+
+
+def test_failover_inside_one_request(loop, dials, warnings, a_stream, monkeypatch):
+    order(monkeypatch)
+    ways, settings = upstreams(loop, entries(*(f'bind_addresses = ["127.0.0.{n}"]' for n in (1, 2, 3)))
+                               + "[general]\nupstream_connect_retry_attempts = 3")
+    found = []
+    ways.connect_dc(2, settings, "", found.append)
+    dials[0].done(REFUSED)
+    assert len(dials) == 2, "no pause before a different entry"
+    dials[1].done(SLOW)
+    stream = a_stream()
+    dials[2].done(stream)
+    assert found == [Connected(stream)] and [dial.source_ip for dial in dials] == ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
+    assert [route.fails for route in ways.routes] == [1, 1, 0], "each that failed once per cycle"
+    counters = ways.counters
+    assert (counters.connect_attempt_total, counters.connect_success_total, counters.connect_fail_total) == (3, 1, 0)
+    assert counters.connect_attempts == [0, 0, 1, 0]
+
+
+def test_threshold_and_recovery(loop, dials, warnings, a_stream):
+    ways, settings = upstreams(loop, "[general]\nupstream_unhealthy_fail_threshold = 2\nupstream_connect_retry_attempts = 1")
+    for fails in (1, 2, 3):
+        ways.connect_dc(2, settings, "", lambda _: None)
+        dials[-1].done(REFUSED)
+        loop.turn()
+        assert (ways.routes[0].fails, ways.routes[0].healthy) == (fails, fails < 2)
+    assert sum("Upstream marked unhealthy" in text for text in warnings) == 1
+    assert ways.summary() == {"configured_total": 1, "healthy_total": 0, "unhealthy_total": 1, "direct_total": 1, "socks4_total": 0,
+                              "socks5_total": 0}
+    ways.connect_dc(2, settings, "", lambda _: None)
+    dials[-1].done(a_stream())
+    assert (ways.routes[0].fails, ways.routes[0].healthy) == (0, True)
+
+
+def test_unhealthy_ones_are_used_only_when_nothing_else_is_left(loop, dials, warnings, monkeypatch):
+    monkeypatch.setattr(telemt, "_none_healthy", telemt.Throttle(5.0))
+    order(monkeypatch)
+    ways, settings = upstreams(loop, entries('bind_addresses = ["127.0.0.1"]', 'bind_addresses = ["127.0.0.2"]'))
+    ways.routes[0].healthy = False
+    ways.connect_dc(2, settings, "", lambda _: None)
+    dials[0].done(REFUSED)
+    loop.turn()
+    loop.turn(0.2)
+    assert [dial.source_ip for dial in dials] == ["127.0.0.2", "127.0.0.2"], "no healthy one left: the same again"
+    ways.routes[1].healthy = False
+    ways.connect_dc(2, settings, "", lambda _: None)
+    assert dials[-1].source_ip in ("127.0.0.1", "127.0.0.2")
+    assert sum("No healthy upstreams available! Using random." in text for text in warnings) == 1
+
+
+def test_a_silent_attempt_is_overtaken(loop, dials, warnings, a_stream, monkeypatch):
+    order(monkeypatch)
+    ways, settings = upstreams(loop, entries('bind_addresses = ["127.0.0.1"]', 'bind_addresses = ["127.0.0.2"]'))
+    found = []
+    ways.connect_dc(2, settings, "", found.append)
+    loop.turn(2.4)
+    assert len(dials) == 1
+    loop.turn(0.2)
+    assert [dial.source_ip for dial in dials] == ["127.0.0.1", "127.0.0.2"] and not dials[0].aborted
+    dials[1].done(a_stream())
+    assert dials[0].aborted and len(found) == 1
+    assert [route.fails for route in ways.routes] == [0, 0], "nobody knows whether the slow one would have answered"
+    assert ways.counters.connect_attempts == [0, 1, 0, 0]
+
+
+def test_the_overtaken_one_may_still_win(loop, dials, warnings, a_stream, monkeypatch):
+    order(monkeypatch)
+    ways, settings = upstreams(loop, entries('bind_addresses = ["127.0.0.1"]', 'bind_addresses = ["127.0.0.2"]'))
+    found = []
+    ways.connect_dc(2, settings, "", found.append)
+    loop.turn(2.6)
+    dials[1].done(REFUSED)
+    loop.turn()
+    assert not found, "the first is still under way"
+    stream = a_stream()
+    dials[0].done(stream)
+    assert found == [Connected(stream)] and [route.fails for route in ways.routes] == [0, 1]
+
+
+def test_failfast_with_others_left(loop, dials, warnings, monkeypatch):
+    order(monkeypatch)
+    ways, settings = upstreams(loop, entries("", "") + "[general]\nupstream_connect_failfast_hard_errors = true\n"
+                                                       "upstream_connect_retry_attempts = 5")
+    found = []
+    ways.connect_dc(2, settings, "", found.append)
+    dials[0].done(REFUSED)
+    dials[1].done(REFUSED)
+    loop.turn()
+    assert found == [REFUSED] and len(dials) == 2
+    assert ways.counters.connect_failfast_hard_error_total == 1, "at most one per cycle"
+    assert [route.fails for route in ways.routes] == [1, 1]
+
+
+def test_requests_of_others_never_change_health(loop, dials, a_stream):
+    ways, _ = upstreams(loop, "[general]\nupstream_connect_retry_attempts = 1")
+    found = []
+    ways.connect([("1.2.3.4", 5)], found.append, blame=False)
+    dials[0].done(REFUSED)
+    loop.turn()
+    assert found == [REFUSED] and ways.routes[0].fails == 0 and ways.counters.connect_fail_total == 1
+    ways.routes[0].healthy = False
+    ways.connect([("1.2.3.4", 5)], found.append, blame=False)
+    dials[1].done(a_stream())
+    assert not ways.routes[0].healthy
+
+
+def test_connect_tells_the_latency_of_its_data_centre(loop, dials, a_stream):
+    ways, _ = upstreams(loop)
+    for dc in (-4, 203):
+        ways.connect([("1.2.3.4", 5)], lambda _: None, dc=dc)
+        loop.at += 0.05
+        dials[-1].done(a_stream())
+    assert {dc: path.ema_ms for dc, path in ways.routes[0].paths.items()} == {1: None, 2: None, 3: None, 4: pytest.approx(50), 5: None}
+    assert ways.routes[0].paths[4].label() == "unknown", "that was no address of the table"
+
+
+# -- families
+
+
+def test_a_later_attempt_uses_the_other_family(loop, dials, warnings):
+    ways, settings = upstreams(loop, "[network]\nipv6 = true\nprefer = 6\n[general]\nupstream_connect_retry_backoff_ms = 0", V6_FIRST)
+    ways.connect_dc(2, settings, "", lambda _: None)
+    dials[0].done(REFUSED)
+    loop.turn()
+    loop.turn()
+    assert [dial.where[0] for dial in dials] == ["2001:67c:4e8:f002::a", "149.154.167.51"]
+
+
+def test_what_was_learned_overrules_prefer(loop, dials, a_stream):
+    ways, settings = upstreams(loop, "[network]\nipv6 = true\nprefer = 6", V6_FIRST)
+    path = ways.routes[0].paths[2]
+    path.works_v4, path.works_v6 = True, False
+    for dc in (2, -2, 3):
+        ways.connect_dc(dc, settings, "", lambda _: None)
+    assert [":" in dial.where[0] for dial in dials] == [False, False, True]
+    dials[2].done(a_stream())
+    assert ways.routes[0].paths[3].label() == "prefer_v6", "a real connect says yes"
+
+
+@pytest.mark.parametrize(("v4", "v6", "label", "path_label"), [
+    (None, None, "unknown", "unknown"), (True, True, "both_work", "both"), (True, False, "prefer_v4", "prefer_v4"),
+    (True, None, "prefer_v4", "prefer_v4"), (False, True, "prefer_v6", "prefer_v6"), (None, True, "prefer_v6", "prefer_v6"),
+    (False, False, "unavailable", "unavailable"), (False, None, "unavailable", "unavailable"),
+])
+def test_labels(loop, v4, v6, label, path_label):
+    ways, _ = upstreams(loop)
+    ways.routes[0].paths[5].works_v4, ways.routes[0].paths[5].works_v6 = v4, v6
+    assert ways.rows()[0]["dc"][4] == {"dc": 5, "latency_ema_ms": None, "ip_preference": label}
+    assert ways.network_path()[4]["ip_preference"] == path_label
+
+
+def test_socks4_and_ipv6(loop, dials, warnings):
+    """D5: left out for IPv6 if another entry is there, else the DC's IPv4 address, else refused before any connect."""
+    v6 = "[network]\nipv6 = true\nprefer = 6\n"
+    socks4 = 'type = "socks4"\naddress = "127.0.0.1:1080"'
+    ways, settings = upstreams(loop, v6 + entries(socks4, "weight = 0"), V6_FIRST)
+    ways.connect_dc(2, settings, "", lambda _: None)
+    assert dials[-1].where == ("2001:67c:4e8:f002::a", 443)
+    ways, settings = upstreams(loop, v6 + entries(socks4), V6_FIRST)
+    assert ways.connect_dc(2, settings, "", lambda _: None).where == ("149.154.167.51", 443)
+    found = []
+    ways.connect([("2001:db8::1", 1)], found.append)
+    loop.turn()
+    assert str(found[0]) == "Proxy error: SOCKS4 does not support IPv6" and len(dials) == 2
+    assert (ways.routes[0].fails, ways.counters.connect_fail_total) == (0, 0)
+
+
+def test_families_of_socks_entries_come_from_the_configuration(loop, dials):
+    ways, settings = upstreams(loop, "[network]\nipv6 = true\nprefer = 6\n" + entries('type = "socks5"\naddress = "127.0.0.1:1080"'), V4)
+    assert ways.connect_dc(2, settings, "", lambda _: None).where == ("2001:67c:4e8:f002::a", 443)
+
+
+# -- bindings
 
 
 def test_binding_rotates_and_fails_closed(loop, dials, warnings):
-    ways, settings = upstreams(loop, '[[upstreams]]\ntype = "direct"\nbind_addresses = ["127.0.0.2", "127.0.0.3", "::1"]')
+    ways, settings = upstreams(loop, entries('bind_addresses = ["127.0.0.2", "127.0.0.3", "::1", "nonsense"]'))
     for _ in range(3):
         ways.connect_dc(2, settings, "", lambda _: None)
     assert [dial.source_ip for dial in dials] == ["127.0.0.2", "127.0.0.3", "127.0.0.2"]
     for text, message in (('bind_addresses = ["::1"]', "No valid bind_addresses for target family 149.154.167.51:443"),
-                          ('interface = "eth9"', "No usable address on interface eth9 for target family 149.154.167.51:443")):
-        ways, settings = upstreams(loop, f'[[upstreams]]\ntype = "direct"\n{text}\n[general]\nupstream_connect_retry_attempts = 1')
+                          ('interface = "nosuch9"', "No usable address on interface nosuch9 for target family 149.154.167.51:443"),
+                          ('interface = "::1"', "No usable address on interface ::1 for target family 149.154.167.51:443"),
+                          ('bind_addresses = ["10.9.8.7"]\ninterface = "lo"',
+                           "No valid bind_addresses for target family 149.154.167.51:443")):
+        ways, settings = upstreams(loop, entries(text) + "[general]\nupstream_connect_retry_attempts = 1")
         found = []
-        ways.connect_dc(2, settings, "", found.append)
-        loop.turn()
-        assert str(found[0]) == message and len(dials) == 3
+        for _ in range(2):
+            ways.connect_dc(2, settings, "", found.append)
+            loop.turn()
+        assert str(found[0]) == message and found[0].hard and len(dials) == 3
+        assert sum("connections of this upstream fail" in line for line in warnings) == 1, "one warning per entry and reason"
+        warnings.clear()
 
 
-def test_socks_entries_fail_and_never_leave_directly(loop, dials, warnings):
-    ways, settings = upstreams(loop, '[[upstreams]]\ntype = "socks5"\naddress = "127.0.0.1:1"\n'
-                                     "[general]\nupstream_connect_retry_attempts = 1")
-    found = []
-    ways.connect_dc(2, settings, "", found.append)
+@pytest.mark.parametrize(("text", "source"), [
+    ('interface = "lo"', "127.0.0.1"), ('interface = "127.0.0.9"', "127.0.0.9"), ("bind_addresses = []", ""),
+    ('bind_addresses = ["::1"]\ninterface = "127.0.0.9"', "127.0.0.9"),
+    ('bind_addresses = ["10.9.8.7", "127.0.0.1"]\ninterface = "lo"', "127.0.0.1"),
+])
+def test_where_a_direct_way_comes_from(loop, dials, text, source):
+    ways, settings = upstreams(loop, entries(text))
+    ways.connect_dc(2, settings, "", lambda _: None)
+    assert dials[0].source_ip == source
+
+
+def test_interface_addresses_are_looked_up_every_ten_seconds(loop, dials, monkeypatch):
+    asked = []
+    monkeypatch.setattr(telemt, "interface_addresses", lambda name: asked.append(name) or ["127.0.0.1"])
+    ways, settings = upstreams(loop, entries('interface = "eth7"'))
+    for pause in (0, 5, 4.9, 0.2):
+        loop.turn(pause)
+        ways.connect_dc(2, settings, "", lambda _: None)
+    assert asked == ["eth7", "eth7"]
+
+
+# -- SOCKS
+
+
+class Script(threading.Thread):
+    """A SOCKS server that reads what it expects and answers in the pieces it is told; then it echoes, unless it is mute."""
+
+    def __init__(self, *steps, pieces=0, then=b"", mute=False):
+        super().__init__(daemon=True)
+        self.steps, self.pieces, self.then, self.mute, self.fault = steps, pieces, then, mute, None
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.start()
+
+    def run(self):
+        try:
+            peer, _ = self.listener.accept()
+            peer.settimeout(10)
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with peer:
+                for expected, answer in self.steps:
+                    got = b""
+                    while len(got) < len(expected):
+                        got += peer.recv(len(expected) - len(got)) or b"EOF" * 100
+                    assert got == expected, got.hex()
+                    if answer is None:
+                        return
+                    answer += self.then if (expected, answer) == self.steps[-1] else b""
+                    step = self.pieces or len(answer) or 1
+                    for at in range(0, len(answer), step):
+                        peer.sendall(answer[at:at + step])
+                        time.sleep(0.001 if self.pieces else 0)
+                while data := peer.recv(4096):
+                    peer.sendall(b"" if self.mute else data)
+        except (OSError, AssertionError) as fault:
+            self.fault = fault
+        finally:
+            self.listener.close()
+
+
+@pytest.fixture
+def real_loop():
+    loop = TestLoop()
+    loop.clock = time.monotonic
     loop.turn()
-    assert not dials and "socks5" in str(found[0]) and 'type "socks5" is not available' in warnings[0]
+    yield loop
+    assert set(loop.handlers) == {loop.mailbox.fd}, "a socket was left in the poller"
+    loop.dispose()
+
+
+def dial_through(loop, entry, done, scope="", text=""):
+    ways, _ = upstreams(loop, entries(entry) + f"[general]\nupstream_connect_retry_attempts = 1\n{text}")
+    return ways, ways.connect([("149.154.167.51", 443)], done, scope=scope)
+
+
+def wait_for(loop, condition, limit=10.0):
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        loop.turn()
+        time.sleep(0.0005)
+
+
+REQUEST4 = bytes.fromhex("040101bb959aa733") + b"me\0"
+REQUEST5 = bytes.fromhex("05010001959aa73301bb")
+BOUND = bytes.fromhex("05000001c000020a9c41")
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 2, 3, 7])
+@pytest.mark.parametrize("then", [b"", b"first bytes of the data centre"])
+@pytest.mark.parametrize(("entry", "steps", "bound"), [
+    ('type = "socks4"\nuser_id = "me"', [(REQUEST4, bytes.fromhex("005a9c41c000020a"))], ("192.0.2.10", 40001)),
+    ('type = "socks5"', [(b"\5\1\0", b"\5\0"), (REQUEST5, BOUND)], ("192.0.2.10", 40001)),
+    ('type = "socks5"\nusername = "u"\npassword = "pw"',
+     [(b"\5\2\0\2", b"\5\2"), (b"\1\1u\2pw", b"\1\0"), (REQUEST5, bytes.fromhex("05000003026162") + b"\0\x50")], ("0.0.0.0", 80)),
+    ('type = "socks5"',
+     [(b"\5\1\0", b"\5\0"), (REQUEST5, b"\5\0\0\4" + bytes(15) + b"\1\0\7")], ("::1", 7)),
+], ids=["socks4", "socks5", "login-and-name", "v6-bound"])
+def test_socks_dialogue_in_any_pieces_loses_no_byte(real_loop, entry, steps, bound, pieces, then):
+    server = Script(*steps, pieces=pieces, then=then)
+    found = []
+    ways, _ = dial_through(real_loop, f'{entry}\naddress = "127.0.0.1:{server.port}"', found.append)
+    wait_for(real_loop, lambda: found)
+    assert isinstance(found[0], Connected), found[0]
+    assert found[0].bound == bound and found[0].kind == ways.routes[0].kind and found[0].local[0] == "127.0.0.1"
+    sock = found[0].stream.release()
+    sock.settimeout(5)
+    sock.sendall(b"ping")
+    data = b""
+    while len(data) < len(then) + 4:
+        data += sock.recv(100)
+    assert data == then + b"ping"
+    sock.close()
+    server.join(5)
+    assert server.fault is None
+
+
+SOCKS = [case for case in load_vector("socks")["cases"] if not case["result"]["ok"] and case["steps"]]
+
+
+@pytest.mark.parametrize("case", SOCKS, ids=lambda case: case["name"])
+def test_socks_refusals(real_loop, case, warnings):
+    steps, expected = [], b""
+    for step in case["steps"]:
+        (kind, value), = step.items()
+        if kind == "send":
+            expected = bytes.fromhex(value)
+        else:
+            steps.append((expected, None if kind == "eof" else bytes.fromhex(value)))
+            expected = b""
+    server = Script(*steps)
+    keys = {"user_id": case.get("user_id"), "username": case.get("username"), "password": case.get("password")}
+    lines = [f'{key} = "{value}"' for key, value in keys.items() if value is not None]
+    found = []
+    ways, _ = dial_through(real_loop, "\n".join([f'type = "{case["protocol"]}"', f'address = "127.0.0.1:{server.port}"', *lines]),
+                           found.append)
+    wait_for(real_loop, lambda: found)
+    assert (str(found[0]), found[0].hard) == (case["result"]["display"], case["result"]["hard"])
+    assert ways.routes[0].fails == 1 and not any("secret" in line for line in warnings)
+    real_loop.turn()
+
+
+@pytest.mark.parametrize("steps", [[], [(b"\5\1\0", b"")], [(b"\5\1\0", b"\5")], [(b"\5\1\0", b"\5\0"), (REQUEST5, BOUND[:-1])]],
+                         ids=["accepts only", "reads only", "half a greeting", "half a reply"])
+def test_a_half_answering_server_costs_one_timeout(real_loop, steps):
+    server = Script(*steps, mute=True)
+    found = []
+    dial_through(real_loop, f'type = "socks5"\naddress = "127.0.0.1:{server.port}"', found.append, text="[timeouts]\ntg_connect = 1")
+    began = time.monotonic()
+    wait_for(real_loop, lambda: found)
+    assert str(found[0]) == "Connection timeout to 149.154.167.51:443" and time.monotonic() - began >= 0.9
+    real_loop.turn()
+
+
+def test_a_scope_replaces_the_credentials(real_loop):
+    server = Script((b"\5\2\0\2", b"\5\2"), (b"\1\2vp\2vp", b"\1\0"), (REQUEST5, BOUND))
+    found = []
+    dial_through(real_loop, f'type = "socks5"\nscopes = "vp"\nusername = "u"\npassword = "p"\naddress = "127.0.0.1:{server.port}"',
+                 found.append, scope="vp")
+    wait_for(real_loop, lambda: found)
+    found[0].stream.close()
+    real_loop.turn()
+    assert server.fault is None
+
+
+def test_a_closed_port_and_a_bad_address(real_loop, warnings):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    found = []
+    dial_through(real_loop, f'type = "socks5"\naddress = "127.0.0.1:{port}"', found.append)
+    dial_through(real_loop, 'type = "socks5"\naddress = "nonsense"', found.append)
+    wait_for(real_loop, lambda: len(found) == 2)
+    texts = {str(error): error.hard for error in found}
+    assert texts == {"IO error: Connection refused (os error 111)": True, "Config error: invalid SOCKS server address: nonsense": True}
+    assert sum("invalid SOCKS server address" in line for line in warnings) >= 1
+
+
+@pytest.mark.parametrize(("entry", "text"), [
+    ('type = "socks4"\naddress = "127.0.0.1:1"\nuser_id = "a\\u0000b"', "Config error: SOCKS4 user id contains a NUL byte"),
+    (f'type = "socks5"\naddress = "127.0.0.1:1"\nusername = "{"u" * 256}"\npassword = "p"',
+     "Config error: SOCKS5 username or password is longer than 255 bytes"),
+])
+def test_credentials_that_cannot_be_sent(loop, dials, warnings, entry, text):
+    found = []
+    ways, _ = dial_through(loop, entry, found.append)
+    loop.turn()
+    assert (str(found[0]), found[0].hard, dials) == (text, True, [])
+    assert sum("connections of this upstream fail" in line for line in warnings) == 1 and not any("uuu" in line for line in warnings)
+
+
+def test_a_server_by_name(real_loop, monkeypatch):
+    """Overrides first, else the system; all addresses in order; who waits for the same name is served by one question."""
+    server = Script((b"\5\1\0", b"\5\0"), (REQUEST5, BOUND))
+    asked = []
+
+    def getaddrinfo(host, port, **_):
+        asked.append(host)
+        return [(0, 0, 0, "", (ip, port)) for ip in ("127.0.0.77", "127.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    found = []
+    dial_through(real_loop, f'type = "socks5"\naddress = "proxy.example:{server.port}"', found.append)
+    wait_for(real_loop, lambda: found)
+    assert isinstance(found[0], Connected) and asked == [b"proxy.example"]
+    found[0].stream.close()
+    server = Script((b"\5\1\0", b"\5\0"), (REQUEST5, BOUND))
+    dial_through(real_loop, f'type = "socks5"\naddress = "Proxy.example:{server.port}"', found.append,
+                 text=f'[network]\ndns_overrides = ["proxy.example:{server.port}:127.0.0.1"]')
+    wait_for(real_loop, lambda: len(found) == 2)
+    assert isinstance(found[1], Connected) and len(asked) == 1
+    found[1].stream.close()
+    real_loop.turn()
+
+
+@pytest.mark.parametrize(("answer", "text", "hard"), [
+    (socket.gaierror(-2, "Name or service not known"), "IO error: failed to lookup address information: Name or service not known", False),
+    ([], "IO error: failed to lookup address information: no address", False),
+])
+def test_a_name_that_does_not_resolve(real_loop, monkeypatch, answer, text, hard):
+    def getaddrinfo(*_, **__):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    found = []
+    dial_through(real_loop, 'type = "socks5"\naddress = "proxy.example:1"', found.append)
+    wait_for(real_loop, lambda: found)
+    assert (str(found[0]), found[0].hard) == (text, hard)
+
+
+def test_a_name_that_is_not_ascii_is_our_operators_fault(loop, dials, warnings):
+    found = []
+    dial_through(loop, 'type = "socks5"\naddress = "прокси.example:1"', found.append)
+    loop.settle()
+    assert str(found[0]) == "Config error: host name must be ASCII: прокси.example" and found[0].hard
