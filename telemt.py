@@ -23,9 +23,9 @@ contents; tools/house_check.py keeps this map true.  Missing numbers are rooms o
   13  loop        io    <- 1               poller, timers, signals, helper threads
   14  streams     io    <- 1 3 7 8 13      sockets; Arena and flows: where bytes move
   15  upstreams   io    <- 1 2 8 10 13 14  data-centre addresses, ways out and their health, connect cycles
-  17  masking     io    <- 1-3 7 8 13 14    strangers see the real site; our ServerHello looks like its own
+  17  masking     io    <- 1-3 7 8 10 13 14    strangers see the real site; our ServerHello looks like its own
   18  relay       io    <- 1 11 13 14      a session that has both its ends
-  19  session     io    <- 1 2 4 6 7 10 11 13-15 17 18   from accept to a relay
+  19  session     io    <- 1 2 4 6-8 10 11 13-15 17 18   from accept to a relay
   20  server      io    <- 1-3 10 11 13-15 17-19    listeners, places, sweep, reload, links, stop, the seam to telemt_api.py
   21  ping        io    <- 1-4 6 7 13 14   a client of our own: through any proxy link to a data centre
   22  check       io    <- 1-3 14 20       what an operator would like to know before people complain
@@ -187,6 +187,7 @@ class Reason(enum.Enum):
     EOF = "eof"
     RESET = "reset"
     IO_ERROR = "io_error"
+    CROWDED_OUT = "crowded_out"          # ours: the oldest of too many half-open connections of one address
     # after the handshake: log words only
     BAD_RECORD = "bad_record"
     BAD_FRAME = "bad_frame"
@@ -4535,6 +4536,72 @@ class Sources:
         self.stage = "config_load"                           # startup_stage of runtime/gates; `ready` at last
 
 
+# -- who knocked (client-protocol.md 12)
+
+OBSERVATIONS_MAX: Final = 65_536         # (class, IP) pairs remembered
+OTHER: Final = "other"                   # classes that do not follow from a stranger's bytes
+EMPTY_HEADER: Final = "expected_64_got_0"
+_HTTP_WORDS: Final = (b"GET ", b"POST", b"HEAD", b"PUT ", b"DELETE", b"OPTIONS", b"PATCH", b"CONNECT", b"TRACE", b"PRI ")
+
+
+def classify_stranger(head: bytes) -> str:
+    """Return the class of a peer that is no client, from all that it has said; the first rule that fits wins (12.1, D20)."""
+    if len(head) > 4 and head.startswith(_HTTP_WORDS):
+        return "HTTP"
+    if len(head) > 3 and head.startswith(b"\x16\x03"):
+        return "TLS-scanner"
+    if head.startswith(b"SSH-"):
+        return "SSH"
+    return "port-scanner" if len(head) < 10 else "unknown"
+
+
+class Observations:
+    """Tries per (class, IP), in the order of the last one; what was not seen for a while is forgotten."""
+
+    __slots__ = ("_seen",)
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, str], tuple[int, float]] = {}     # (class, IP) -> tries, monotonic time of the last
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def note(self, kind: str, ip: str, now: float, keep_s: float) -> None:
+        """One more try; at the limit the pair that was not seen for the longest time goes."""
+        self.forget(now, keep_s)
+        tries, _ = self._seen.pop((kind, ip), (0, now))
+        self._seen[kind, ip] = tries + 1, now
+        if len(self._seen) > OBSERVATIONS_MAX:
+            del self._seen[next(iter(self._seen))]
+
+    def forget(self, now: float, keep_s: float) -> None:
+        """Drop what was last seen more than keep_s seconds ago."""
+        while self._seen and now - next(iter(self._seen.values()))[1] > keep_s:
+            del self._seen[next(iter(self._seen))]
+
+    def oldest_at(self) -> float:
+        """Monotonic time of the last try that is the furthest back; infinity when there is none."""
+        for _, seen_at in self._seen.values():
+            return seen_at
+        return math.inf
+
+    def rows(self) -> list[tuple[str, str, int]]:
+        """(class, IP, tries) of everybody, for format_observations."""
+        return [(kind, ip, tries) for (kind, ip), (tries, _) in self._seen.items()]
+
+
+def format_observations(rows: Iterable[tuple[str, str, int]]) -> str:
+    """Return the text of file and page: classes in byte order, most tries first, then by address; `empty` without rows (12.2)."""
+    lines: list[str] = []
+    last = None
+    for kind, ip, tries in sorted(rows, key=lambda row: (row[0].encode(), -row[2], row[1])):
+        if kind != last:
+            lines.append(f"[{kind}]")
+            last = kind
+        lines.append(f"{ip}-{tries}")
+    return "\n".join(lines or ["empty"]) + "\n"
+
+
 # == 11. access ==============================================================
 # Who may come in, and how much.  What is enforced is counted here, always and
 # apart from what telemetry publishes (metrics.md 8): switching telemetry off
@@ -4697,11 +4764,11 @@ class Effort:
 
     def is_spent(self, ip: str, now: float) -> bool:
         """True while the address must not cost more."""
-        return bool(self._spent) and self._left_over(_network_of(ip), now) >= _EFFORT_S
+        return bool(self._spent) and self._left_over(network_of(ip), now) >= _EFFORT_S
 
     def charge(self, ip: str, now: float, cost_s: float) -> None:
         """The address made us work in vain."""
-        where = _network_of(ip)
+        where = network_of(ip)
         spent = self._left_over(where, now) + cost_s
         self._spent.pop(where, None)
         self._spent[where] = spent, now
@@ -4713,7 +4780,7 @@ class Effort:
         return max(0.0, spent - max(0.0, now - at) * _EFFORT_SHARE)
 
 
-def _network_of(ip: str) -> str | int:
+def network_of(ip: str) -> str | int:
     """What one customer of a provider has: an IPv4 address, or a /64 of IPv6."""
     return int(ipaddress.IPv6Address(ip)) >> 64 if ":" in ip else ip
 
@@ -5612,6 +5679,12 @@ class Stream:
         self.fd = -1
         return self.sock
 
+    def local_end(self) -> Address | None:
+        """The same, or None for a unix socket and one that is gone."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            return self.local_address()
+        return None
+
     def finish(self) -> None:
         """Half-close: no more bytes from us."""
         with contextlib.suppress(OSError):     # already gone: the reader will notice
@@ -6034,13 +6107,9 @@ class Dial:
         if self._stream is not None:
             self._stream.close()
 
-    def local_end(self) -> tuple[str, int] | None:
+    def local_end(self) -> Address | None:
         """Address that the connection comes from, while it is being made."""
-        with contextlib.suppress(OSError):
-            if self._stream is not None:
-                ip, port = self._stream.sock.getsockname()[:2]
-                return plain_ip(ip), port
-        return None
+        return self._stream.local_end() if self._stream is not None else None
 
     def on_crash(self) -> None:
         """Our own error while connecting."""
@@ -6133,14 +6202,38 @@ def plain_ip(ip: str) -> str:
     return ip[7:] if ip.startswith("::ffff:") and "." in ip else ip
 
 
+class SpareDescriptor:
+    """A descriptor kept for the moment when there are none: with it callers can at least be told to go (client-protocol.md D2)."""
+
+    __slots__ = ("_like", "_fd")
+
+    def __init__(self, like: int) -> None:
+        self._like = like                      # any open one: its copy needs no file system
+        self._fd = os.dup(like)
+
+    def turn_away(self, sock: socket.socket) -> None:
+        """Accept and close who waits at a listening socket; otherwise they would wait until they give up."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        with contextlib.suppress(OSError):
+            for _ in range(_ACCEPT_BATCH):
+                sock.accept()[0].close()
+        with contextlib.suppress(OSError):
+            self._fd = os.dup(self._like)
+
+
 class Listener:
     """One listening socket.  on_accept(socket, peer address) is called for each connection, at most 64 a turn."""
 
-    __slots__ = ("loop", "sock", "fd", "address", "_on_accept", "_wanted", "_resting", "_active")
+    __slots__ = ("loop", "sock", "fd", "address", "spare", "_on_accept", "_wanted", "_resting", "_active", "_starved")
 
-    def __init__(self, loop: Loop, sock: socket.socket, on_accept: Callable[[socket.socket, Any], None]) -> None:
+    def __init__(self, loop: Loop, sock: socket.socket, on_accept: Callable[[socket.socket, Any], None],
+                 spare: SpareDescriptor | None = None) -> None:
         self.loop, self.sock, self.fd = loop, sock, sock.fileno()
         self.address = sock.getsockname()
+        self.spare = spare
+        self._starved = False                  # no descriptor was left for the last one either
         self._on_accept = on_accept
         self._wanted = False                   # the owner wants connections
         self._resting = False                  # accept failed a moment ago
@@ -6180,15 +6273,25 @@ class Listener:
                 sock, peer = self.sock.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
-            except OSError as error:           # EMFILE and the like: level-triggered, so go away for a moment
-                if _accept_error.ready():
-                    log_streams.error("Accept error: IO error: %s (os error %s)", error.strerror, error.errno)
-                self._resting = True
-                self._update()
-                self.loop.call_later(_ACCEPT_REST_S, self._on_rested)
+            except OSError as error:
+                self._on_error(error)
                 return
+            self._starved = False
             sock.setblocking(False)
             self._on_accept(sock, peer)
+
+    def _on_error(self, error: OSError) -> None:
+        """Level-triggered, so go away for a moment; a shortage that lasts longer must not leave callers without an answer."""
+        if _accept_error.ready():
+            what = "Unix socket accept error" if isinstance(self.address, str) else "Accept error"
+            log_streams.error("%s: IO error: %s (os error %s)", what, error.strerror, error.errno)
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            if self._starved and self.spare is not None:
+                self.spare.turn_away(self.sock)
+            self._starved = True
+        self._resting = True
+        self._update()
+        self.loop.call_later(_ACCEPT_REST_S, self._on_rested)
 
     def _on_rested(self) -> None:
         self._resting = False
@@ -6298,9 +6401,9 @@ _NAMES_MAX: Final = 64                   # names come from the configuration onl
 
 
 def bind_unix(path: str) -> socket.socket:
-    """Return a listening unix socket; a dead one at the path is removed, a live one is an address in use.  Raises OSError.
+    """Return a unix socket bound to `path`, not listening yet.  A live one there is an address in use; raises OSError.
 
-    Only a socket is removed: whatever else lies there is somebody's file (config.md 8 item 18).
+    Only a dead socket is removed: whatever else lies there is somebody's file (config.md 8 item 18).
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -6311,7 +6414,6 @@ def bind_unix(path: str) -> socket.socket:
                     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
                 os.unlink(path)
         sock.bind(path)
-        sock.listen(1024)
     except OSError:
         sock.close()
         raise
@@ -7244,8 +7346,9 @@ _LAST_WORDS: Final = 16                  # reads of what a side said before it r
 class Masks:
     """What all masked connections share: the way to the mask host, their number, the guard against loops."""
 
-    def __init__(self, loop: Loop, arena: Arena, resolver: Resolver, cap: int, ended: Callable[[MaskRelay], None]) -> None:
-        self.loop, self.arena, self.resolver = loop, arena, resolver
+    def __init__(self, loop: Loop, arena: Arena, resolver: Resolver, observer: Observer, cap: int,
+                 ended: Callable[[MaskRelay], None]) -> None:
+        self.loop, self.arena, self.resolver, self.observer = loop, arena, resolver, observer
         self.share = max(64, cap // 4)         # of the connection slots (client-protocol.md D2)
         self.busy = 0                          # strangers that have, or are getting, a connection to the mask host
         self.ended = ended
@@ -7520,6 +7623,89 @@ class MaskRelay:
         self.masks.leave()
         log_masking.debug("Masked connection ended", peer=self.peer, error=error)
         self.masks.ended(self)
+
+
+class Observer:
+    """Notes who knocks, for /beobachten and its file (client-protocol.md 12.2).
+
+    The file is written at start, `beobachten_flush_secs` after something changed, and when entries expire: an idle proxy does
+    not wake up to write what is there already.  A helper thread writes, one file at a time.
+    """
+
+    def __init__(self, loop: Loop, settings: Settings) -> None:
+        self.loop, self.general = loop, settings.general
+        self.seen = Observations()
+        self._timer: Timer | None = None
+        self._due_at = math.inf
+        self._writing = False
+        self._failed = False                   # said once until a write succeeds again
+
+    def apply(self, settings: Settings) -> None:
+        """Take new settings."""
+        before, self.general = self.general, settings.general
+        if self.general.beobachten and (before.beobachten, before.beobachten_file) != (True, self.general.beobachten_file):
+            self._arm(0.0)
+
+    def note(self, kind: str, ip: str) -> None:
+        """Somebody of this class came from `ip`."""
+        if self.general.beobachten:
+            self.seen.note(kind, ip, self.loop.now, self.general.beobachten_minutes * 60)
+            self._arm(self.general.beobachten_flush_secs)
+
+    def text(self) -> str:
+        """Body of /beobachten (metrics.md 6)."""
+        if not self.general.beobachten:
+            return "beobachten disabled\n"
+        self._forget()
+        return format_observations(self.seen.rows())
+
+    def flush(self) -> None:
+        """Write the file now, in this thread: at start and at stop."""
+        if self.general.beobachten:
+            self._forget()
+            try:
+                self._write(self.general.beobachten_file, self.seen.rows())
+            except OSError as error:
+                self._report(error)
+
+    def _forget(self) -> None:
+        self.seen.forget(self.loop.now, self.general.beobachten_minutes * 60)
+
+    def _arm(self, delay_s: float) -> None:
+        """Have the file written in `delay_s` seconds, or earlier if that was wanted already."""
+        if self.loop.now + delay_s < self._due_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._due_at = self.loop.now + delay_s
+            self._timer = self.loop.call_later(delay_s, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer, self._due_at = None, math.inf
+        if not self.general.beobachten:
+            return
+        if self._writing:                      # a disk that takes longer than the period: the next turn is early enough
+            self._arm(self.general.beobachten_flush_secs)
+            return
+        self._writing = True
+        self._forget()
+        self.loop.offload(functools.partial(self._write, self.general.beobachten_file, self.seen.rows()), self._on_written)
+
+    @staticmethod
+    def _write(path: str, rows: list[tuple[str, str, int]]) -> None:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        write_whole(path, format_observations(rows), replace=True, mode=0o644)
+
+    def _on_written(self, result: Exception | None) -> None:
+        self._writing = False
+        self._report(result)
+        if len(self.seen):                     # next change without a visitor: somebody is forgotten
+            self._arm(max(self.general.beobachten_flush_secs,
+                          self.seen.oldest_at() + self.general.beobachten_minutes * 60 - self.loop.now + 1))
+
+    def _report(self, error: Exception | None) -> None:
+        if error is not None and not self._failed:
+            log_masking.warn("Failed to flush beobachten snapshot", path=ascii(self.general.beobachten_file), error=error)
+        self._failed = error is not None
 
 
 # -- the front: what the mask host answers to a hello, measured
@@ -8195,18 +8381,24 @@ log_relay: Final = Log("relay")
 # From an accepted socket to a relay.  A state machine, because a client may cut
 # its bytes anywhere and leave at any point:
 #
-#   SNIFF --16 03 01--> HELLO --signed--> DELAY --> INNER --64 bytes--.
-#     '----anything else----> PLAIN --64 bytes------------------------+--> Routing --> relay
+#   (ProxyGate) --> SNIFF --16 03 01--> HELLO --signed--> DELAY --> INNER --64 bytes--.
+#                     '----anything else----> PLAIN --64 bytes------------------------+--> Routing --> relay
+#   SNIFF, PLAIN, HELLO --no client--> MASKING --connected--> MaskRelay
 #
 # Up to here the peer may turn out to be a stranger: that is decided and counted
-# in one place (`_stranger`), where masking will take over with the bytes read so
-# far; only after our ServerHello it gets an alert instead (LEAVING).  One
-# deadline runs from accept to the accepted 64-byte header.  A Routing then holds
-# the client while its limits are judged and its data centre dialled.
-# Source: client-protocol.md 4-10, 14.
+# in one place (`_stranger`), from where it meets the mask host with the bytes
+# read so far; only after our ServerHello it gets an alert instead.  LEAVING:
+# whoever gets nothing more from us is read and discarded.  One deadline runs
+# from accept to the accepted 64-byte header or the connected mask host.  A
+# Routing then holds the client while its limits are judged and its data centre
+# is dialled.
+# Source: client-protocol.md 3-11, 14.
 
 _EARLY_MAX: Final = 65_536               # client bytes kept while the data centre is being connected (upstream-and-relay.md D10)
+_FIRST_MAX: Final = RECORD_HEADER + HELLO_MAX      # read of somebody we do not know: no more than can matter, the rest waits in the kernel
 _INBOX_LIMIT: Final = RECORD_HEADER + HELLO_MAX + _EARLY_MAX
+_PROXY_HEADER_S: Final = 5               # a load balancer sends its header at once (D4)
+_GATE_READ: Final = 4096                 # bytes read at a time while the PROXY header is not complete
 
 
 class S(enum.Enum):
@@ -8217,13 +8409,14 @@ class S(enum.Enum):
     HELLO = enum.auto()
     DELAY = enum.auto()
     INNER = enum.auto()
+    MASKING = enum.auto()
     LEAVING = enum.auto()
     CLOSED = enum.auto()
 
 
 _MOVES: Final = {
-    S.SNIFF: {S.PLAIN, S.HELLO}, S.PLAIN: set[S](), S.HELLO: {S.DELAY}, S.DELAY: {S.INNER}, S.INNER: {S.LEAVING},
-    S.LEAVING: set[S](), S.CLOSED: set[S](),
+    S.SNIFF: {S.PLAIN, S.HELLO, S.MASKING}, S.PLAIN: {S.MASKING}, S.HELLO: {S.DELAY, S.MASKING}, S.DELAY: {S.INNER}, S.INNER: {S.LEAVING},
+    S.MASKING: {S.LEAVING}, S.LEAVING: set[S](), S.CLOSED: set[S](),
 }                                        # every state may also move to CLOSED
 _STAGE: Final = {S.SNIFF: "first_packet_prelude", S.PLAIN: "direct_mtproto", S.HELLO: "tls_clienthello_body",
                  S.DELAY: "tls_core", S.INNER: "tls_post_serverhello_mtproto"}
@@ -8240,30 +8433,99 @@ class Core(RelayHost, Protocol):
     doorman: Doorman
     upstreams: Upstreams
     fronts: FrontProfiles
-    handshakes: Lane[ClientSession]
+    handshakes: Handshakes
+    masks: Masks
 
     def hand_over(self, old: Connection, new: Connection) -> None:
         """`new` takes over the streams and the place of `old`."""
 
 
+class Handshakes:
+    """Everybody between accept and an accepted header: one deadline for all of it, and not too many of one address.
+
+    A client is here for a round trip or two.  Many thousand from one address are a flood, or a load balancer whose header we
+    were not told to read: the oldest makes room for the newest.  An IPv6 attacker owns a /64, so that counts as one address.
+    """
+
+    def __init__(self, loop: Loop, settings: Settings, cap: int) -> None:
+        self.loop = loop
+        self.per_address = max(64, cap // 4)
+        self._lanes: dict[int, Lane[ClientSession]] = {}         # seconds -> deadlines; connections keep what they began with (D21)
+        self._gates: dict[int, Lane[ProxyGate]] = {}
+        self._crowds: dict[str | int, dict[ClientSession, None]] = {}  # address -> its sessions, oldest first
+        self.apply(settings)
+
+    def apply(self, settings: Settings) -> None:
+        """Take a new `timeouts.client_handshake` for connections to come."""
+        seconds = settings.timeouts.client_handshake
+        if seconds not in self._lanes:
+            self._lanes[seconds] = self.loop.lane(seconds, ClientSession.on_deadline)
+        self._lane = self._lanes[seconds]
+        gate_s = min(_PROXY_HEADER_S, seconds)
+        if gate_s not in self._gates:
+            self._gates[gate_s] = self.loop.lane(gate_s, ProxyGate.on_deadline)
+        self.gates = self._gates[gate_s]
+
+    def arm(self, session: ClientSession) -> None:
+        """A connection was accepted."""
+        self._lane.arm(session)
+        self._join(session)
+
+    def cancel(self, session: ClientSession) -> None:
+        """It is known who that is, or over; harmless when it was not armed."""
+        for lane in self._lanes.values():
+            lane.cancel(session)
+        self._part(session)
+
+    def rename(self, session: ClientSession, end: Address) -> None:
+        """A PROXY header tells who the client is."""
+        self._part(session)
+        session.ip, session.port = end
+        self._join(session)
+
+    def _join(self, session: ClientSession) -> None:
+        crowd = self._crowds.setdefault(network_of(session.ip), {})
+        crowd[session] = None
+        if len(crowd) > self.per_address:
+            next(iter(crowd)).fail(Reason.CROWDED_OUT)
+
+    def _part(self, session: ClientSession) -> None:
+        network = network_of(session.ip)
+        crowd = self._crowds.get(network)
+        if crowd is not None:
+            crowd.pop(session, None)
+            if not crowd:
+                del self._crowds[network]
+
+
 class ClientSession:
-    """One accepted connection until its 64-byte header is accepted or it is closed."""
+    """One accepted connection until its 64-byte header is accepted, a mask host has taken it, or it is closed."""
 
-    __slots__ = ("core", "settings", "stream", "peer", "ip", "state", "inbox", "records", "user", "timer", "record_body", "unsent")
+    __slots__ = ("core", "settings", "stream", "ip", "port", "local", "state", "inbox", "records", "user", "record_body", "answer",
+                 "dial")
 
-    def __init__(self, core: Core, stream: Stream, ip: str, port: int) -> None:
+    def __init__(self, core: Core, stream: Stream, ip: str, port: int, local: Address | None = None) -> None:
         self.core = core
         self.settings = core.settings          # a connection keeps the snapshot it was accepted under (D21)
         self.stream = stream
-        self.ip = ip
-        self.peer = format_address(ip, port)
+        self.ip, self.port = ip, port          # of the client, as far as we know it
+        self.local = local                     # where it connected to; None: ask the socket
         self.state = S.SNIFF
         self.inbox = Inbox(_INBOX_LIMIT)
         self.records: RecordReader | None = None     # set once the client speaks FakeTLS
         self.record_body = 0
         self.user: User | None = None          # who signed the ClientHello
-        self.timer: Timer | None = None
-        self.unsent = b""
+        self.answer: Answer | None = None      # our flight, while it is not sent
+        self.dial: MaskDial | None = None      # the way to the mask host, while it is being made
+
+    @property
+    def peer(self) -> str:
+        """Address of the client for the log."""
+        return format_address(self.ip, self.port)
+
+    def local_end(self) -> Address | None:
+        """Address that the client connected to: what a PROXY header says, else the socket's."""
+        return self.local or self.stream.local_end()
 
     def start(self) -> None:
         """Begin to read; the deadline of the whole handshake runs from here."""
@@ -8279,17 +8541,21 @@ class ClientSession:
 
     def on_readable(self, _mask: int) -> None:
         """Called by the loop."""
+        limit = _EARLY_MAX if self.records is not None or self.state is S.LEAVING else _FIRST_MAX - len(self.inbox)
         try:
-            most = _EARLY_MAX if self.records is None else QUANTA[0]           # 3,000 empty records take 2 ms of everybody's time
-            data = self.stream.read(most if self.state is S.LEAVING else min(most, self.inbox.room))
+            data = self.stream.read(limit)
         except OSError as error:
-            self._fail(Reason.RESET if error.errno in _GONE else Reason.IO_ERROR)
+            self.fail(Reason.RESET if error.errno in _GONE else Reason.IO_ERROR)
             return
+        if data == b"":
+            self._on_eof()
+        elif data is not None and self.state is not S.LEAVING:
+            self.take(data)
+
+    def take(self, data: bytes) -> None:
+        """The client said this."""
         try:
-            if data == b"":
-                self._on_eof()
-            elif data is not None and self.state is not S.LEAVING:
-                self._feed(data)
+            self._feed(data)
         except WireError as error:
             self._stranger(error)
 
@@ -8297,18 +8563,15 @@ class ClientSession:
         if self.records is None:
             self.inbox.append(data)
         else:
-            self.inbox.append(self.records.payload(data))
-        self._advance()
+            for start, length in self.records.spans(data, len(data)):
+                self.inbox.append(data[start:start + length])
+        while (step := _STEPS.get(self.state)) is not None and step(self):
+            pass                               # every step that the bytes at hand allow
         if self.records is not None and self.state is S.INNER:     # what precedes a bad record or an alert counts first
             if self.records.failed:
                 raise self.records.failed
             if self.records.closed:
                 self._on_eof()
-
-    def _advance(self) -> None:
-        """Take every step that the bytes at hand allow."""
-        while (step := _STEPS.get(self.state)) is not None and step(self):
-            pass
 
     # -- steps: True = state changed, look again
 
@@ -8340,61 +8603,24 @@ class ClientSession:
         return False
 
     def _hello(self) -> bool:
-        if len(self.inbox) < RECORD_HEADER + self.record_body:
+        size = RECORD_HEADER + self.record_body
+        if len(self.inbox) < size:
             return False
-        record = self.inbox.peek(RECORD_HEADER + self.record_body)     # stays in the inbox: masking replays it
-        hello = parse_client_hello(record)
-        doorman = self.core.doorman
-        try:
-            self.user, timed = doorman.find_hello(record, hello, self.ip, time.time())
-        except WireError:
-            log_session.debug("TLS handshake validation failed - no matching user or time skew", peer=self.peer)
-            raise
-        shape = self.core.fronts.shape(hello.server_name)
-        group = choose_group(hello, shape.group)
-        try:
-            doorman.check_hello(hello, timed, self.core.loop.now)
-        except WireError:
-            log_session.warn("TLS replay attack detected (duplicate digest)", peer=self.peer)
-            raise
-        flight = build_server_hello(hello, shape, group, self.core.fronts.share(group), self.user.sign, os.urandom)
-        self.inbox.take(len(record))
+        self.user, flight = answer_hello(self.core, self.inbox.peek(size), self.ip, self.peer)
+        self.inbox.take(size)                  # a stranger's stays: masking replays it
         self._enter(S.DELAY)
-        self._answer_later(flight)
+        self.answer = Answer(self, flight)
+        self.answer.start()
         return True
 
-    def _answer_later(self, flight: bytes) -> None:
-        low, high = self.settings.censorship.server_hello_delay_min_ms, self.settings.censorship.server_hello_delay_max_ms
-        if high <= 0:
-            self._answer(flight)
-            return
-        self.stream.want(0)                    # a client says nothing before our flight
-        self.timer = self.core.loop.call_later((low + draw_fraction() * max(0, high - low)) / 1000, functools.partial(self._answer, flight))
-
-    def _answer(self, flight: bytes) -> None:
-        """Send the flight; what the kernel does not take (only when it is short of memory) follows when it does."""
+    def on_answered(self) -> None:
+        """The whole flight is on its way."""
         assert self.user is not None
-        try:
-            self.unsent = flight[self.stream.write(flight):]
-        except OSError as error:
-            log_session.warn("Failed to write TLS ServerHello", peer=self.peer)
-            self._fail(Reason.RESET if error.errno in _GONE else Reason.IO_ERROR)
-            return
-        if self.unsent:
-            self.stream.watch(WRITE, self.on_writable)
-            return
-        self.stream.watch(READ, self.on_readable)
         log_session.info("TLS handshake successful", peer=self.peer, user=self.user.name)
         self._enter(S.INNER)
         self.records = RecordReader()
-        try:
-            self._feed(self.inbox.take_all())  # what came behind the hello already
-        except WireError as error:
-            self._stranger(error)
-
-    def on_writable(self, _mask: int) -> None:
-        """Called by the loop while a part of the flight waits."""
-        self._answer(self.unsent)
+        self.stream.watch(READ, self.on_readable)
+        self.take(self.inbox.take_all())       # what came behind the hello already
 
     def _inner(self) -> bool:
         if len(self.inbox) < PREAMBLE_SIZE:
@@ -8409,63 +8635,59 @@ class ClientSession:
         return False
 
     def _accept_header(self, candidates: Iterable[User], allowed: Container[Transport], replay: Reason) -> None:
-        block = self.inbox.peek(PREAMBLE_SIZE)
-        doorman = self.core.doorman
-        try:
-            user, preamble = doorman.find_header(block, candidates, allowed)
-        except WireError:
-            log_session.debug("MTProto handshake: no matching user found", peer=self.peer)
-            raise
-        try:
-            doorman.check_header(preamble, replay, self.core.loop.now)
-        except WireError:
-            log_session.warn("MTProto replay attack detected", peer=self.peer)
-            raise
+        core = self.core
+        user, preamble = recognise_header(core, self.inbox.peek(PREAMBLE_SIZE), candidates, allowed, replay, self.peer)
         self.inbox.take(PREAMBLE_SIZE)
-        doorman.users.remember(self.ip, user)
+        core.doorman.users.remember(self.ip, user)
         log_session.info("MTProto handshake successful", peer=self.peer, user=user.name, dc=preamble.dc, proto=preamble.transport.word,
                          tls=str(self.records is not None).lower())
-        self.core.handshakes.cancel(self)
+        core.handshakes.cancel(self)
         self._enter(S.CLOSED)                  # this session owns nothing any more
         routing = Routing(self, user, preamble)
-        self.core.hand_over(self, routing)
-        self.core.loop.call(routing.start)     # through the loop: an error in there is its own, not ours
+        core.hand_over(self, routing)
+        core.loop.call(routing.start)          # through the loop: an error in there is its own, not ours
 
-    # -- the ways to end
+    # -- strangers
 
-    def _on_eof(self) -> None:
-        if len(self.inbox) and self.state in (S.SNIFF, S.PLAIN, S.HELLO):
-            hello = self.state is not S.PLAIN and self.inbox.peek(1) == _TLS_START[:1]
-            self._stranger(WireError(Reason.HELLO_TRUNCATED if hello else Reason.PLAIN_TRUNCATED))
-        else:
-            self._fail(Reason.EOF)
-
-    def on_deadline(self) -> None:
-        """`timeouts.client_handshake` seconds passed since accept."""
-        if self.state is not S.LEAVING:
-            log_session.debug("Handshake timeout", peer=self.peer)
-        self._fail(Reason.TIMEOUT)
-
-    def _fail(self, reason: Reason) -> None:
-        """End without an accepted header, and without being bad (metrics.md 4.1)."""
-        if self.state is S.LEAVING:            # counted already
-            self.close(None)
-            return
-        self.core.counters.failed(reason, _STAGE[self.state])
-        if reason is not Reason.TIMEOUT:
-            log_session.debug("Handshake failed" if reason is Reason.IO_ERROR else "Connection closed by client", peer=self.peer)
-        self.close(None)
-
-    def _stranger(self, error: WireError) -> None:
-        """The peer is no client of ours.  The one place where masking will take over."""
+    def _stranger(self, error: WireError, ended: bool = False) -> None:
+        """The peer is no client of ours: the one place where that is counted.  ended: it has said all that it will."""
         reason = Reason.BAD_INNER if error.reason is Reason.BAD_RECORD else error.reason
         self.core.counters.bad(reason)
         log_session.debug("Refused", peer=self.peer, reason=reason.value)
         if self.state is S.INNER:
             log_session.debug("Valid TLS but invalid MTProto handshake", peer=self.peer, error=error)
             self._say_goodbye()
-        else:
+            return
+        self.core.masks.observer.note(classify_stranger(self.inbox.peek(16)), self.ip)
+        self._enter(S.MASKING)
+        if not (self.settings.censorship.mask and self.core.masks.enter()):
+            self._discard(ended)
+            return
+        self.stream.want(0)                    # the rest waits in the kernel until somebody can take it
+        self.dial = MaskDial(self.core.masks, self.settings.censorship, self.local_end(), functools.partial(self._on_mask, ended))
+
+    def _on_mask(self, ended: bool, result: Stream | RouteError) -> None:
+        core, self.dial = self.core, None
+        if isinstance(result, RouteError):
+            core.masks.leave()
+            self._discard(ended)
+            return
+        version = self.settings.censorship.mask_proxy_protocol
+        opening = build_proxy_header(version, (self.ip, self.port), self.local_end()) if version else b""
+        core.handshakes.cancel(self)
+        self._enter(S.CLOSED)                  # this session owns nothing any more
+        relay = MaskRelay(core.masks, self.peer, self.stream, result)
+        core.hand_over(self, relay)
+        core.loop.call(relay.start, opening + self.inbox.take_all(), ended)
+
+    def _discard(self, ended: bool) -> None:
+        """Nobody takes the stranger: silence until it ends or the deadline passes (11.1 step 2)."""
+        if ended:
             self.close(None)
+            return
+        self._enter(S.LEAVING)
+        self.inbox.take_all()
+        self.stream.watch(READ, self.on_readable)
 
     def _say_goodbye(self) -> None:
         """After our ServerHello: a fatal alert and FIN, as far as anybody can see (D10).
@@ -8477,9 +8699,34 @@ class ClientSession:
         except OSError:
             self.close(None)
             return
-        self._enter(S.LEAVING)
-        self.inbox.take_all()
+        self._discard(False)
         self.stream.finish()
+
+    # -- the ways to end
+
+    def _on_eof(self) -> None:
+        if len(self.inbox) and self.state in (S.SNIFF, S.PLAIN, S.HELLO):
+            hello = self.state is not S.PLAIN and self.inbox.peek(1) == _TLS_START[:1]
+            self._stranger(WireError(Reason.HELLO_TRUNCATED if hello else Reason.PLAIN_TRUNCATED), ended=True)
+        else:
+            self.fail(Reason.EOF)
+
+    def on_deadline(self) -> None:
+        """`timeouts.client_handshake` seconds passed since accept."""
+        if self.state not in _COUNTED:
+            log_session.debug("Handshake timeout", peer=self.peer)
+        self.fail(Reason.TIMEOUT)
+
+    def fail(self, reason: Reason) -> None:
+        """End without an accepted header, and without being bad (metrics.md 4.1)."""
+        if self.state not in _COUNTED:
+            self.core.counters.failed(reason, _STAGE[self.state])
+            if reason is not Reason.TIMEOUT:
+                log_session.debug("Handshake failed" if reason is Reason.IO_ERROR else "Connection closed by client", peer=self.peer)
+            if len(self.inbox) or self.state is not S.SNIFF or reason not in _QUIET:      # a health check is nobody's business (D3)
+                left = self.state is S.INNER and not len(self.inbox) and reason is not Reason.TIMEOUT
+                self.core.masks.observer.note(EMPTY_HEADER if left else OTHER, self.ip)
+        self.close(None)
 
     def on_crash(self) -> None:
         """Our own error in a handler: it cost this connection."""
@@ -8491,11 +8738,190 @@ class ClientSession:
             return
         self._enter(S.CLOSED)
         self.core.handshakes.cancel(self)
-        if self.timer is not None:
-            self.timer.cancel()
+        if self.answer is not None:
+            self.answer.abort()
+        if self.dial is not None:
+            self.dial.abort()
+            self.core.masks.leave()
         self.stream.close()
         report_end(error, peer=self.peer)
         self.core.ended(self)
+
+
+class Answer:
+    """Our flight on its way to a client: after the delay of `server_hello_delay_*`, in pieces where the kernel is short of memory."""
+
+    __slots__ = ("session", "stream", "flight", "_timer")
+
+    def __init__(self, session: ClientSession, flight: bytes) -> None:
+        self.session, self.stream, self.flight = session, session.stream, flight
+        self._timer: Timer | None = None
+
+    def start(self) -> None:
+        """Send now, or when the delay is over."""
+        cert = self.session.settings.censorship
+        low, high = cert.server_hello_delay_min_ms, cert.server_hello_delay_max_ms
+        if high <= 0:
+            self.on_writable(0)
+            return
+        self.stream.want(0)                    # a client says nothing before our flight
+        delay_ms = low + draw_fraction() * max(0, high - low)
+        self._timer = self.session.core.loop.call_later(delay_ms / 1000, functools.partial(self.on_writable, 0))
+
+    def on_writable(self, _mask: int) -> None:
+        """Called by the loop while a part of the flight waits."""
+        try:
+            self.flight = self.flight[self.stream.write(self.flight):]
+        except OSError as error:
+            log_session.warn("Failed to write TLS ServerHello", peer=self.session.peer)
+            self.session.fail(Reason.RESET if error.errno in _GONE else Reason.IO_ERROR)
+            return
+        if self.flight:
+            self.stream.watch(WRITE, self.on_writable)
+            return
+        self.session.answer = None
+        self.session.on_answered()
+
+    def abort(self) -> None:
+        """The client is gone."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def on_crash(self) -> None:
+        """Our own error in a handler: it cost this connection."""
+        self.session.on_crash()
+
+
+_COUNTED: Final = (S.MASKING, S.LEAVING, S.CLOSED)         # a stranger: whatever happens now, it was counted
+_QUIET: Final = (Reason.EOF, Reason.RESET)
+
+
+def answer_hello(core: Core, record: bytes, ip: str, peer: str) -> tuple[User, bytes]:
+    """Return the user who signed a ClientHello record and the flight that answers it.  Raises WireError for a stranger's."""
+    hello = parse_client_hello(record)
+    doorman = core.doorman
+    try:
+        user, timed = doorman.find_hello(record, hello, ip, time.time())
+    except WireError:
+        log_session.debug("TLS handshake validation failed - no matching user or time skew", peer=peer)
+        raise
+    shape = core.fronts.shape(hello.server_name)
+    group = choose_group(hello, shape.group)
+    try:
+        doorman.check_hello(hello, timed, core.loop.now)
+    except WireError:
+        log_session.warn("TLS replay attack detected (duplicate digest)", peer=peer)
+        raise
+    return user, build_server_hello(hello, shape, group, core.fronts.share(group), user.sign, os.urandom)
+
+
+def recognise_header(core: Core, block: bytes, candidates: Iterable[User], allowed: Container[Transport], replay: Reason,
+                     peer: str) -> tuple[User, Preamble]:
+    """Return whose 64-byte header that is and what it says.  Raises WireError: BAD_HEADER, or `replay` for one seen before."""
+    try:
+        user, preamble = core.doorman.find_header(block, candidates, allowed)
+    except WireError:
+        log_session.debug("MTProto handshake: no matching user found", peer=peer)
+        raise
+    try:
+        core.doorman.check_header(preamble, replay, core.loop.now)
+    except WireError:
+        log_session.warn("MTProto replay attack detected", peer=peer)
+        raise
+    return user, preamble
+
+
+class ProxyGate:
+    """Reads the PROXY header that a listener demands; then its session begins, with the true addresses (client-protocol.md 3).
+
+    The session exists from accept on: its deadline and its place count from there.  A bad header is never masked: whoever
+    connects here is a load balancer or somebody who found a door that is not for him.
+    """
+
+    __slots__ = ("core", "session", "stream", "head", "header", "left", "_heard")
+
+    def __init__(self, session: ClientSession) -> None:
+        self.core, self.session, self.stream = session.core, session, session.stream
+        self.head = b""
+        self.header: ProxyHeader | None = None
+        self.left = 0                          # bytes of the header still to come: TLVs that nobody keeps
+        self._heard = False
+
+    def start(self, trusted: bool) -> None:
+        """Begin to read; trusted: this peer may say who others are."""
+        self.core.handshakes.arm(self.session)
+        if not trusted:
+            self._refuse(Reason.PROXY_UNTRUSTED)
+            return
+        self.core.handshakes.gates.arm(self)
+        self.stream.watch(READ, self.on_readable)
+
+    def on_readable(self, _mask: int) -> None:
+        """Called by the loop."""
+        try:
+            data = self.stream.read(_GATE_READ)
+        except OSError as error:
+            self._end(Reason.RESET if error.errno in _GONE else Reason.IO_ERROR)
+            return
+        if data == b"":
+            self._end(Reason.EOF)
+        elif data is not None:
+            self._heard = True
+            try:
+                self._feed(data)
+            except WireError as error:
+                self._refuse(error.reason)
+
+    def _feed(self, data: bytes) -> None:
+        if self.header is None:
+            self.head += data                  # at most _GATE_READ: what is no header within its first bytes has raised
+            self.header = parse_proxy_header(self.head)
+            if self.header is None:
+                return
+            data, self.head, self.left = self.head, b"", self.header.size
+        rest = data[self.left:]
+        self.left -= len(data) - len(rest)
+        if not self.left:
+            self.core.handshakes.gates.cancel(self)
+            self._let_in(self.header, rest)
+
+    def _let_in(self, header: ProxyHeader, rest: bytes) -> None:
+        """The session begins; `rest`: what the client said already."""
+        core, session, sender = self.core, self.session, self.session.peer
+        if header.source is not None:
+            core.handshakes.rename(session, header.source)
+            session.local = header.destination
+        log_session.debug("PROXY protocol header parsed", peer=sender, client=session.peer, version=header.version)
+        if (session.ip, session.port) in core.masks.ends:
+            session.close(None)                # our own connection to the mask host came back through the balancer (D19)
+            return
+        self.stream.watch(READ, session.on_readable)
+        if rest:
+            core.loop.call(session.take, rest)
+
+    def on_deadline(self) -> None:
+        """Called by the lane: the header took too long."""
+        if self.session.state is S.SNIFF and self.stream.fd >= 0:
+            self._refuse(Reason.PROXY_TIMEOUT)
+
+    def _end(self, reason: Reason) -> None:
+        """The peer left.  Without a byte it was a health check."""
+        if self._heard:
+            self._refuse(Reason.PROXY_INVALID)
+        else:
+            self.core.handshakes.gates.cancel(self)
+            self.session.fail(reason)
+
+    def _refuse(self, reason: Reason) -> None:
+        self.core.handshakes.gates.cancel(self)
+        self.core.counters.bad(reason)
+        log_session.warn("Invalid PROXY protocol header", peer=self.session.peer, reason=reason.value)
+        self.core.masks.observer.note(OTHER, self.session.ip)
+        self.session.close(None)
+
+    def on_crash(self) -> None:
+        """Our own error in a handler: it cost this connection."""
+        self.session.on_crash()
 
 
 def plain_transports(modes: Modes) -> list[Transport]:
@@ -8646,6 +9072,10 @@ class Places:
         self.cap = cap
         self.owners: set[Connection] = set()
         self.listeners: list[Listener] = []
+        self.closed = False                    # the process stops: nobody comes in any more
+        self.spare: SpareDescriptor | None = None
+        self.unix_count = 0                    # connections that the unix listener accepted, ever
+        self._unix_file: tuple[str, int] | None = None       # path and inode of our unix socket
         self._full = False
         self._warned = Throttle(60.0)
 
@@ -8664,11 +9094,19 @@ class Places:
         self.owners.discard(old)
         self.owners.add(new)
 
+    def claim(self, path: str) -> None:
+        """A unix socket of ours lies at `path` now."""
+        self._unix_file = path, os.lstat(path).st_ino
+
     def close_listeners(self) -> None:
-        """Let nobody in any more."""
+        """Let nobody in any more; the file of our unix socket goes too, unless it is another's by now."""
+        self.closed = True
         for listener in self.listeners:
             listener.close()
         self.listeners = []
+        with contextlib.suppress(OSError):
+            if self._unix_file is not None and os.lstat(self._unix_file[0]).st_ino == self._unix_file[1]:
+                os.unlink(self._unix_file[0])
 
     def _balance(self) -> None:
         full = len(self.owners) >= self.cap
@@ -8742,13 +9180,14 @@ class Server:
         self.resolver = Resolver(loop)
         self.resolver.overrides = parse_dns_overrides(settings.network.dns_overrides)
         self.upstreams = Upstreams(loop, settings, self.counters, decide_families(settings.network, *self.detected), self.resolver)
-        self.handshakes: Lane[ClientSession] = loop.lane(settings.timeouts.client_handshake, ClientSession.on_deadline)
         self.half_closed: Lane[DirectRelay] = loop.lane(HALF_CLOSED_S, DirectRelay.on_half_closed_timeout)
         self.places = Places(slot_cap(fd_limit))
-        self.masks = Masks(loop, self.arena, self.resolver, self.places.cap, self.ended)
+        self.places.spare = SpareDescriptor(loop.mailbox.fd)
+        self.handshakes = Handshakes(loop, settings, self.places.cap)
+        self.masks = Masks(loop, self.arena, self.resolver, Observer(loop, settings), self.places.cap, self.ended)
         self.fronts = FrontProfiles(settings, loop, functools.partial(backend.x25519_public, os.urandom), os.urandom, self._dial_mask)
+        self.sources.beobachten = self.masks.observer.text
         self.sweep = Sweep(loop)
-        self.stopping = False
 
     def _dial_mask(self, settings: Settings, done: Callable[[Stream | RouteError], None]) -> MaskDial:
         """A connection to the mask host that no client asked for."""
@@ -8769,8 +9208,9 @@ class Server:
                 continue
             if OPTIONS_INHERITED:
                 tune_client(sock, self.settings.timeouts.client_keepalive, self.settings.timeouts.client_ack)
-            listener = Listener(self.loop, sock, self._on_accept)
+            listener = Listener(self.loop, sock, functools.partial(self._on_accept, entry), self.places.spare)
             self.places.listeners.append(listener)
+            self.masks.listeners.append((ip, listener.address[1]))
             log_server.info("Listening on %s", format_address(ip, listener.address[1]))
             yield entry, listener.address[1]
 
@@ -8779,6 +9219,11 @@ class Server:
         self.fronts.start()
         for listener in self.places.listeners:
             listener.resume()
+
+    @property
+    def stopping(self) -> bool:
+        """True from the first signal on."""
+        return self.places.closed
 
     @property
     def port(self) -> int:
@@ -8790,19 +9235,55 @@ class Server:
         """Put the hot keys of a configuration in force."""
         self.settings = merge_hot(self.settings, loaded.settings)
         self.doorman.apply(self.settings.access)
+        self.handshakes.apply(self.settings)
+        self.masks.observer.apply(self.settings)
         self.resolver.overrides = parse_dns_overrides(self.settings.network.dns_overrides)
         self.fronts.apply(self.settings)
         telemetry = self.settings.general.telemetry
         self.counters.gate(telemetry.core_enabled, telemetry.me_level)
         self.count_users = self.settings.general.telemetry.user_enabled
 
-    def _on_accept(self, sock: socket.socket, peer: Any) -> None:
+    def open_unix(self) -> None:
+        """Bind the unix listener, where one is configured.  Raises OSError (client-protocol.md 2.2)."""
+        path, mode = self.settings.server.listen_unix_sock, self.settings.server.listen_unix_sock_perm
+        if not path:
+            return
+        sock = bind_unix(path)
+        note = set_unix_mode(path, mode) if mode is not None else ""
+        sock.listen(1024)                      # nobody comes in before the mode is set
+        self.places.listeners.append(Listener(self.loop, sock, self._on_unix_accept, self.places.spare))
+        self.places.claim(path)
+        self.masks.listen_path = path
+        log_server.info("Listening on unix:%s%s", path, note)
+
+    def _on_accept(self, entry: ListenerEntry, sock: socket.socket, peer: Any) -> None:
+        ip, port, server = plain_ip(peer[0]), peer[1], self.settings.server
+        if (ip, port) in self.masks.ends:      # our own connection to the mask host came back to us (D19)
+            sock.close()
+            return
         if not OPTIONS_INHERITED:
             tune_client(sock, self.settings.timeouts.client_keepalive, self.settings.timeouts.client_ack)
+        session = self._admit(ClientSession(self, Stream(self.loop, sock), ip, port))
+        if server.proxy_protocol if entry.proxy_protocol is None else entry.proxy_protocol:
+            trusted = server.proxy_protocol_trusted_cidrs
+            ProxyGate(session).start(trusted is None or any(ipaddress.ip_address(ip) in network for network in trusted))
+        else:
+            session.start()
+
+    def _on_unix_accept(self, sock: socket.socket, _peer: object) -> None:
+        server = self.settings.server
+        self.places.unix_count += 1
+        port = self.places.unix_count % 65_535
+        session = self._admit(ClientSession(self, Stream(self.loop, sock), "127.0.0.1", port, ("0.0.0.0", server.port)))
+        if server.proxy_protocol:              # who may open the socket is trusted: its mode says so
+            ProxyGate(session).start(True)
+        else:
+            session.start()
+
+    def _admit(self, session: ClientSession) -> ClientSession:
         self.counters.accepted()
-        session = ClientSession(self, Stream(self.loop, sock), plain_ip(peer[0]), peer[1])
         self.places.take(session)
-        session.start()
+        return session
 
     def hand_over(self, old: Connection, new: Connection) -> None:
         """A connection goes on with another owner."""
@@ -8829,16 +9310,31 @@ class Server:
             return
         log_server.info("Shutting down...")
         self.places.close_listeners()
+        self.masks.observer.flush()
         for owner in list(self.places.owners):
             if isinstance(owner, DirectRelay):
                 owner.drain()
             else:
                 owner.close(None)
-        self.stopping = True
         if self.places.owners:
             self.loop.call_later(_STOP_FLUSH_S, self.loop.stop)
         else:
             self.loop.stop()
+
+
+def set_unix_mode(path: str, text: str) -> str:
+    """Give the unix socket the mode that `text` says in octal; return what the log says about it."""
+    digits = text.lstrip("0").removeprefix("o")
+    if not digits or not re.fullmatch("[0-7]{1,4}", digits):
+        why = "invalid digit found in string" if digits else "cannot parse integer from empty string"
+        log_server.warn("Invalid listen_unix_sock_perm '%s': %s. Ignoring.", text, why)
+        return ""
+    try:
+        os.chmod(path, int(digits, 8))
+    except OSError as error:
+        log_server.error("Failed to set unix socket permissions to %s: IO error: %s (os error %s)", text, error.strerror, error.errno)
+        return ""
+    return f" (mode {text})"
 
 
 def detect_addresses(settings: Settings) -> tuple[str | None, str | None]:
@@ -10251,14 +10747,7 @@ def print_facts(server: Server) -> None:
 
 def missing_parts(settings: Settings) -> list[str]:
     """Warnings about configured features that this version does not have yet: never fail silently."""
-    server = settings.server
     found = []
-    if server.listen_unix_sock:
-        found.append("server.listen_unix_sock: unix listeners are not part of this version")
-    if settings.censorship.mask:
-        found.append("censorship.mask: masking is not part of this version, strangers are closed without an answer")
-    if server.proxy_protocol or any(entry.proxy_protocol for entry in server.listeners):
-        found.append("proxy_protocol: PROXY headers are not part of this version, every connection that sends one is refused")
     if settings.general.quota_state_path:
         found.append("general.quota_state_path: not part of this version, used octets begin at 0 with every start")
     if settings.general.event_loop == "uvloop":
@@ -10284,16 +10773,31 @@ def start_control_plane(server: Server, config_path: str) -> Callable[[], None]:
 
 
 def open_with_links(server: Server) -> bool:
-    """Open the listeners, each with its link block, or one block for `links.public_host` (config.md 5.4); False if none works."""
-    settings, ports = server.settings, list[int]()
-    links = settings.general.links
+    """Open the listeners, each with its link block, or one block for `links.public_host` (config.md 5.4).
+
+    False, after an ERROR, if the proxy must not start: nothing to listen on, or the unix socket does not open.
+    """
+    settings = server.settings
+    links, unix = settings.general.links, settings.server.listen_unix_sock
+    ports = []
     for entry, port in server.open_listeners():
         ports.append(port)
         if links.public_host is None:
             print_links(settings, link_host(entry, server.detected, settings), port if links.public_port is None else links.public_port)
-    if ports and links.public_host is not None:
-        print_links(settings, links.public_host, ports[0] if links.public_port is None else links.public_port)
-    return bool(ports)
+    if (ports and links.public_host is not None) or (unix and not ports):
+        host = links.public_host or server.detected[0] or server.detected[1]
+        if host is None:
+            log_cli.warn("Failed to detect a public address for the links; set general.links.public_host")
+        port = settings.server.port if not ports else ports[0]
+        print_links(settings, host or "UNKNOWN", port if links.public_port is None else links.public_port)
+    try:
+        server.open_unix()
+    except OSError as error:
+        log_cli.error("Failed to bind to unix:%s: IO error: %s (os error %s)", unix, error.strerror or error, error.errno)
+        return False
+    if not server.places.listeners:
+        log_cli.error("No listeners. Exiting.")
+    return bool(server.places.listeners)
 
 
 def run(arguments: Arguments) -> int:
@@ -10356,9 +10860,9 @@ def serve(loaded: Loaded, arguments: Arguments, config_path: str) -> int:
         log_cli.warn("%s", text)
     stop_control_plane = start_control_plane(server, config_path)
     if not open_with_links(server):
-        log_cli.error("No listeners. Exiting.")
         return 1
     LogBook.threshold = threshold
+    server.masks.observer.flush()
     server.accept()
     gc.collect()
     gc.freeze()                                # what lives as long as the process need not be walked again

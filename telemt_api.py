@@ -632,7 +632,7 @@ BAD_CLASSES: Final = tuple("""
     proxy_protocol_untrusted proxy_protocol_invalid_header proxy_protocol_header_timeout tls_clienthello_len_out_of_bounds
     tls_clienthello_truncated tls_clienthello_malformed tls_mode_disabled tls_bad_digest tls_clock_skew tls_replay tls_bad_inner
     tls_inner_replay direct_modes_disabled direct_reserved_prefix direct_bad_header direct_replay direct_truncated""".split())
-FAILURE_CLASSES: Final = ("timeout", "eof", "reset", "io_error")
+FAILURE_CLASSES: Final = ("timeout", "eof", "reset", "io_error", "crowded_out")
 FAILURE_STAGES: Final = ("first_packet_prelude", "tls_clienthello_body", "tls_core", "tls_post_serverhello_mtproto", "direct_mtproto")
 
 Samples: TypeAlias = "Iterable[tuple[str, int | float | str]]"        # (labels in braces or empty, value)

@@ -182,17 +182,21 @@ class FakeUpstreams:
 
 
 class FakeCore:
-    """What sessions and relays need of the server, with everything countable."""
+    """What sessions and relays need of the server, with everything countable.  Masking is off unless the text has [censorship]."""
 
     def __init__(self, text="", paths=()):
         self.loop = TestLoop()
-        self.settings = settings_of(text)
+        self.settings = settings_of(text if "[censorship]" in text else f"{text}\n[censorship]\nmask = false\n")
         self.backend, self.arena, self.counters = BACKEND, telemt.Arena(BACKEND, paths=paths), telemt.Counters()
         self.doorman = telemt.Doorman(BACKEND)
         self.doorman.apply(self.settings.access)
         self.upstreams = FakeUpstreams(self.loop)
         self.fronts = telemt.FrontProfiles(self.settings, self.loop, lambda: b"k" * 32, random.Random(1).randbytes, lambda *_: None)
-        self.handshakes = self.loop.lane(30.0, telemt.ClientSession.on_deadline)
+        self.handshakes = telemt.Handshakes(self.loop, self.settings, 10_000)
+        self.resolver = telemt.Resolver(self.loop)
+        self.masks = telemt.Masks(self.loop, self.arena, self.resolver, telemt.Observer(self.loop, self.settings), 10_000, self.ended)
+        self.noted = []                        # (class, IP) of everybody who was observed
+        self.masks.observer.note = lambda kind, ip: self.noted.append((kind, ip))
         self.half_closed = self.loop.lane(telemt.HALF_CLOSED_S, telemt.DirectRelay.on_half_closed_timeout)
         self.count_users = True
         self.owners, self.finished = set(), 0
@@ -212,12 +216,15 @@ class FakeCore:
         self.owners.remove(owner)
         self.finished += 1
 
-    def connect(self, ip="10.0.0.1"):
-        """A new client; returns its socket."""
+    def connect(self, ip="10.0.0.1", trusted=None):
+        """A new client; returns its socket.  trusted: it comes through a listener that demands a PROXY header."""
         client, accepted = tcp_pair()
         session = telemt.ClientSession(self, telemt.Stream(self.loop, accepted), ip, 1234)
         self.owners.add(session)
-        session.start()
+        if trusted is None:
+            session.start()
+        else:
+            telemt.ProxyGate(session).start(trusted)
         return client
 
     def dispose(self):
@@ -227,6 +234,7 @@ class FakeCore:
         self.loop.settle()
         assert set(self.loop.handlers) == {self.loop.mailbox.fd}
         assert set(self.loop.poller.masks) == {self.loop.mailbox.fd}
+        assert not self.handshakes._crowds and self.masks.busy == 0
         for user in self.doorman.users:
             assert (user.sessions, user.ips, user.stats.current) == (0, {}, 0)
         self.loop.dispose()

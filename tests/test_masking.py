@@ -18,7 +18,8 @@ class Hall:
         self.arena = telemt.Arena(BACKEND)
         self.resolver = Resolver(self.loop)
         self.ended = []
-        self.masks = Masks(self.loop, self.arena, self.resolver, cap, self.ended.append)
+        observer = telemt.Observer(self.loop, settings_of("[general]\nbeobachten = false"))
+        self.masks = Masks(self.loop, self.arena, self.resolver, observer, cap, self.ended.append)
         self.results = []
 
     def dial(self, text, ours=None):

@@ -7,7 +7,7 @@ import pytest
 
 import telemt
 from telemt import Reason
-from tests.cases import SECRET, FakeCore, client_preamble, load_vector, read_all, signed_hello, tcp_pair
+from tests.cases import SECRET, FakeCore, client_preamble, load_vector, read_all, settings_of, signed_hello, tcp_pair
 
 ALL_MODES = "[general.modes]\nclassic = true\nsecure = true\ntls = true\n"
 
@@ -41,6 +41,9 @@ def record(data):
 
 def outcome(core, client):
     """(bytes the client got, closed?, class counted bad or None)."""
+    core.loop.settle()
+    if any(getattr(owner, "state", None) is telemt.S.LEAVING for owner in core.owners):
+        client.shutdown(socket.SHUT_WR)        # a stranger is read until he ends
     core.loop.settle()
     data, closed = read_all(client)
     bad = [reason for reason, count in core.counters.bad_by_class.items() for _ in range(count)]
@@ -517,3 +520,375 @@ def test_illegal_moves_are_our_own_error(make_core, state):
                 session._enter(new)
     session.state = telemt.S.SNIFF
     client.close()
+
+
+# -- strangers meet the mask host
+
+
+MASKED = """[censorship]
+mask_host = "127.0.0.1"
+mask_port = {port}
+mask_proxy_protocol = {header}
+"""
+
+
+@pytest.fixture
+def site():
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        sock.setblocking(False)
+        yield sock
+
+
+def masked_core(make_core, site, header=0, more=ALL_MODES):
+    return make_core(more + MASKED.format(port=site.getsockname()[1], header=header))
+
+
+STRANGERS = [(b"GET / HTTP/1.1\r\n\r\n", "HTTP"), (b"SSH-2.0-x\r\n", "SSH"), (b"\xef", "port-scanner"), (b"A" * 64, "unknown"),
+             (b"\x16\x03\x01\x01\xff" + b"h" * 511, "TLS-scanner"), (signed_hello(secret="ab" * 16), "TLS-scanner"),
+             (signed_hello(timestamp=1_000_000_000) + b"pipelined", "TLS-scanner")]
+
+
+@pytest.mark.parametrize(("sent", "kind"), STRANGERS, ids=[kind for _, kind in STRANGERS])
+@pytest.mark.parametrize("step", [0, 1], ids=["whole", "bytewise"])
+def test_a_stranger_talks_to_the_mask_host(make_core, site, sent, kind, step):
+    core = masked_core(make_core, site)
+    client = core.connect()
+    for at in range(0, len(sent), step or len(sent)):
+        client.sendall(sent[at:at + (step or len(sent))])
+        core.loop.settle()
+    host, _ = site.accept()
+    host.setblocking(False)
+    core.loop.settle()
+    assert read_all(host) == (sent, False)
+    host.sendall(b"the real site")
+    core.loop.settle()
+    assert read_all(client) == (b"the real site", False)
+    assert core.counters.connections_bad_total == 1
+    assert core.noted == [("port-scanner" if step and kind == "HTTP" else kind, "10.0.0.1")]      # four bytes are too few for HTTP
+    core.loop.turn(100)                        # the handshake's deadline does not hold for him any more
+    assert len(core.owners) == 1 and not core.counters.failures_by_class
+    host.close()
+    core.loop.settle()
+    assert read_all(client) == (b"", True)
+    client.close()
+    core.loop.settle()
+    assert core.finished == 1
+
+
+@pytest.mark.parametrize("sent", [b"\x16", b"\x16\x03\x01\x02\x00abc", b"A", b"A" * 63])
+def test_an_end_before_a_decision_is_passed_on(make_core, site, sent):
+    core = masked_core(make_core, site)
+    client = core.connect()
+    client.sendall(sent)
+    client.shutdown(socket.SHUT_WR)
+    core.loop.settle()
+    host, _ = site.accept()
+    host.setblocking(False)
+    core.loop.settle()
+    assert read_all(host) == (sent, True)
+    host.sendall(b"400")
+    host.close()
+    core.loop.settle()
+    assert read_all(client) == (b"400", True)
+    client.close()
+
+
+@pytest.mark.parametrize("header", [1, 2, 7])
+def test_the_mask_host_learns_who_the_stranger_is(make_core, site, header):
+    core = masked_core(make_core, site, header)
+    client = core.connect()
+    here = client.getpeername()
+    client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    core.loop.settle()
+    host, _ = site.accept()
+    core.loop.settle()
+    wire = host.recv(1000)
+    told = telemt.parse_proxy_header(wire)
+    assert told == (min(header, 2) if header == 2 else 1, told.size, ("10.0.0.1", 1234), here)
+    assert wire[told.size:] == b"GET / HTTP/1.1\r\n\r\n"
+    host.close()
+    client.close()
+    core.loop.settle()
+
+
+@pytest.mark.parametrize("why", ["mask off", "refused", "no place", "ourselves"])
+def test_without_a_mask_host_a_stranger_is_read_in_silence_until_the_deadline(make_core, site, why):
+    core = masked_core(make_core, site)
+    if why == "mask off":
+        core = make_core(ALL_MODES)
+    elif why == "refused":
+        site.close()
+    elif why == "no place":
+        core.masks.share = 0
+    else:
+        core.masks.listeners = [("0.0.0.0", site.getsockname()[1])]
+    client = core.connect()
+    client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    core.loop.settle()
+    client.sendall(b"x" * 10_000)
+    core.loop.settle()
+    core.loop.turn(29)
+    assert read_all(client) == (b"", False) and core.owners
+    core.loop.turn(2)
+    core.loop.settle()
+    assert read_all(client) == (b"", True) and not core.owners
+    assert core.counters.connections_bad_total == 1 and not core.counters.failures_by_class
+    assert core.noted == [("HTTP", "10.0.0.1")]
+    client.close()
+
+
+@pytest.mark.parametrize("ending", ["deadline", "stop"])
+def test_a_stranger_whose_mask_host_is_being_looked_for_can_be_dropped(make_core, monkeypatch, ending):
+    monkeypatch.setattr(telemt, "resolve", lambda loop, host, port, done: None)
+    core = make_core(ALL_MODES + '[censorship]\nmask_host = "slow.example"\n[timeouts]\nclient_handshake = 3\n')
+    client = core.connect()
+    client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    core.loop.settle()
+    (session,) = core.owners
+    assert session.state is telemt.S.MASKING and core.masks.busy == 1
+    if ending == "deadline":
+        core.loop.turn(4)
+    else:
+        session.close(None)
+    core.loop.settle()
+    assert not core.owners and core.masks.busy == 0 and not core.counters.failures_by_class
+    client.close()
+
+
+def test_nobody_is_read_further_than_a_hello_reaches(make_core):
+    """Memory of a crowd of strangers: what does not matter yet waits in the kernel."""
+    core = make_core()
+    client = core.connect()
+    client.sendall(b"\x16\x03\x01\x40\x00")
+    core.loop.settle()
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(100):
+            client.send(bytes(16_000))
+            core.loop.turn()
+            assert all(len(owner.inbox) <= 16_389 for owner in core.owners)
+    client.close()
+
+
+# -- observation of those who end before they are known
+
+
+@pytest.mark.parametrize(("sent", "end", "kind"), [
+    (b"", "eof", None), (b"", "reset", None), (b"", "deadline", "other"), (b"A" * 9, "reset", "other"), (b"A" * 9, "deadline", "other"),
+    (b"\x16\x03\x01\x02\x00ab", "deadline", "other"), (signed_hello(), "eof", "expected_64_got_0"),
+    (signed_hello(), "reset", "expected_64_got_0"),
+    (signed_hello(), "alert", "expected_64_got_0"), (signed_hello(), "deadline", "other"),
+    (signed_hello() + record(b"B" * 63), "eof", "other"), (signed_hello() + record(b"B" * 64), "eof", None),
+])
+def test_classes_of_those_who_fail(make_core, sent, end, kind):
+    core = make_core()
+    client = core.connect()
+    client.sendall(sent)
+    core.loop.settle()
+    read_all(client)                           # or closing with our flight unread would be a reset
+    if end == "alert":
+        client.sendall(b"\x15\x03\x03\x00\x02\x01\x00")
+    elif end == "deadline":
+        core.loop.turn(31)
+    else:
+        if end == "reset":
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        client.close()
+    core.loop.settle()
+    assert core.noted == ([(kind, "10.0.0.1")] if kind else [])
+    client.close()
+
+
+def test_limits_are_not_observed(make_core):
+    core = make_core("[access.user_max_tcp_conns]\nalice = 0\n" + ALL_MODES)
+    client = core.connect()
+    client.sendall(client_preamble()[0])
+    core.loop.settle()
+    assert core.noted == []
+    client.close()
+
+
+# -- too many of one address
+
+
+def test_the_oldest_half_open_connection_makes_room(make_core):
+    core = make_core()
+    core.handshakes.per_address = 3
+    clients = [core.connect() for _ in range(3)]
+    other = core.connect(ip="10.0.0.2")
+    core.loop.settle()
+    assert len(core.owners) == 4
+    clients.append(core.connect())
+    core.loop.settle()
+    assert read_all(clients[0]) == (b"", True) and not read_all(clients[1])[1] and not read_all(other)[1]
+    assert core.counters.failures_by_class == {Reason.CROWDED_OUT: 1} and core.noted == [("other", "10.0.0.1")]
+    for sock in (*clients, other):
+        sock.close()
+    core.loop.settle()
+
+
+def test_who_is_known_does_not_count_as_half_open(make_core):
+    core = make_core()
+    core.handshakes.per_address = 2
+    clients = [core.connect() for _ in range(2)]
+    for seed, sock in enumerate(clients):
+        sock.sendall(client_preamble(seed=seed)[0])
+    core.loop.settle()
+    clients += [core.connect() for _ in range(2)]
+    core.loop.settle()
+    assert len(core.owners) == 4 and not core.counters.failures_by_class
+    for sock in clients:
+        sock.close()
+    core.loop.settle()
+
+
+def test_a_network_of_ipv6_counts_as_one_address(make_core):
+    core = make_core()
+    core.handshakes.per_address = 2
+    clients = [core.connect(ip=f"2001:db8::{n}") for n in range(3)] + [core.connect(ip="2001:db8:0:1::1")]
+    core.loop.settle()
+    assert len(core.owners) == 3 and read_all(clients[0])[1]
+    for sock in clients:
+        sock.close()
+    core.loop.settle()
+
+
+def test_a_new_handshake_time_holds_for_new_connections(make_core):
+    core = make_core()
+    old = core.connect()
+    core.handshakes.apply(settings_of("[timeouts]\nclient_handshake = 5\n"))
+    new = core.connect()
+    core.loop.turn(6)
+    core.loop.settle()
+    assert read_all(new)[1] and not read_all(old)[1]
+    core.handshakes.apply(core.settings)
+    core.loop.turn(25)
+    core.loop.settle()
+    assert read_all(old)[1] and len(core.handshakes._lanes) == 2
+    for sock in (old, new):
+        sock.close()
+
+
+# -- behind a load balancer
+
+
+HEADERS = [telemt.build_proxy_header(version, ("203.0.113.7", 4711), ("198.51.100.1", 443)) for version in (1, 2)]
+WITH_TLVS = HEADERS[1][:14] + (12 + 30_000).to_bytes(2, "big") + HEADERS[1][16:] + bytes(30_000)
+
+
+@pytest.mark.parametrize(("header", "step"), [(HEADERS[0], 0), (HEADERS[0], 1), (HEADERS[1], 0), (HEADERS[1], 1), (WITH_TLVS, 0),
+                                              (WITH_TLVS, 1000)], ids=lambda value: str(value)[:12])
+def test_a_proxy_header_tells_who_the_client_is(make_core, header, step):
+    core = make_core()
+    client = core.connect(trusted=True)
+    wire = header + client_preamble()[0]
+    for at in range(0, len(wire), step or len(wire)):
+        client.sendall(wire[at:at + (step or len(wire))])
+        core.loop.settle()
+    (routing,) = core.owners
+    assert (routing.ip, routing.peer) == ("203.0.113.7", "203.0.113.7:4711")
+    assert core.doorman.users.users["alice"].ips == {"203.0.113.7": 1}
+    client.close()
+    core.loop.settle()
+
+
+@pytest.mark.parametrize("header", [b"PROXY UNKNOWN\r\n", b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0"])
+def test_a_header_without_addresses_leaves_those_of_the_connection(make_core, header):
+    core = make_core()
+    client = core.connect(trusted=True)
+    client.sendall(header)
+    core.loop.settle()
+    (session,) = core.owners
+    assert session.peer == "10.0.0.1:1234" and session.local_end() == client.getpeername()
+    client.close()
+    core.loop.settle()
+
+
+@pytest.mark.parametrize(("trusted", "sent", "reason"), [
+    (False, b"", Reason.PROXY_UNTRUSTED), (True, b"GET / HTTP/1.1\r\n", Reason.PROXY_INVALID), (True, signed_hello(), Reason.PROXY_INVALID),
+    (True, b"PROXY TCP4 1.2.3.4 5.6.7.8 1\r\n", Reason.PROXY_INVALID),
+])
+def test_a_bad_proxy_header_is_refused_and_never_masked(make_core, site, trusted, sent, reason):
+    core = masked_core(make_core, site)
+    client = core.connect(trusted=trusted)
+    with contextlib.suppress(OSError):
+        client.sendall(sent)
+    core.loop.settle()
+    assert not core.owners and core.counters.bad_by_class == {reason: 1} and core.noted == [("other", "10.0.0.1")]
+    with pytest.raises(BlockingIOError):
+        site.accept()
+    client.close()
+
+
+@pytest.mark.parametrize(("sent", "bad"), [(b"", None), (b"PROXY ", Reason.PROXY_INVALID)])
+@pytest.mark.parametrize("end", ["eof", "reset"])
+def test_an_end_inside_a_proxy_header(make_core, sent, bad, end):
+    """Without a byte it is the health check of the balancer: no warning, nothing bad, nothing observed."""
+    core = make_core()
+    client = core.connect(trusted=True)
+    client.sendall(sent)
+    core.loop.settle()
+    if end == "reset":
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    client.close()
+    core.loop.settle()
+    assert core.counters.bad_by_class == ({bad: 1} if bad else {}) and len(core.noted) == bool(bad)
+    assert core.counters.failures_by_class == ({} if bad else {Reason.EOF if end == "eof" else Reason.RESET: 1})
+
+
+def test_a_proxy_header_has_five_seconds_and_the_handshake_counts_from_accept(make_core):
+    core = make_core()
+    slow, late = core.connect(trusted=True), core.connect(trusted=True)
+    core.loop.turn(4)
+    late.sendall(HEADERS[0])
+    core.loop.settle()
+    core.loop.turn(2)
+    core.loop.settle()
+    assert read_all(slow)[1] and core.counters.bad_by_class == {Reason.PROXY_TIMEOUT: 1}
+    core.loop.turn(23)
+    assert not read_all(late)[1]
+    core.loop.turn(2)
+    core.loop.settle()
+    assert read_all(late)[1] and core.counters.failures_by_class == {Reason.TIMEOUT: 1}
+    assert core.noted == [("other", "10.0.0.1"), ("other", "203.0.113.7")]
+    slow.close()
+    late.close()
+
+
+def test_the_mask_header_carries_what_the_proxy_header_said(make_core, site):
+    core = masked_core(make_core, site, header=2)
+    client = core.connect(trusted=True)
+    client.sendall(HEADERS[0] + b"GET / HTTP/1.1\r\n\r\n")
+    core.loop.settle()
+    host, _ = site.accept()
+    core.loop.settle()
+    assert host.recv(1000) == HEADERS[1] + b"GET / HTTP/1.1\r\n\r\n"
+    assert core.noted == [("HTTP", "203.0.113.7")]
+    host.close()
+    client.close()
+    core.loop.settle()
+
+
+def test_our_own_mask_connection_that_comes_back_through_a_balancer_is_dropped(make_core):
+    core = make_core()
+    core.masks.ends.add(("203.0.113.7", 4711))
+    client = core.connect(trusted=True)
+    client.sendall(HEADERS[0] + b"GET / HTTP/1.1\r\n\r\n")
+    core.loop.settle()
+    assert not core.owners and not core.noted
+    core.masks.ends.clear()
+    client.close()
+
+
+def test_a_flood_behind_a_balancer_is_counted_by_client(make_core):
+    core = make_core()
+    core.handshakes.per_address = 2
+    clients = [core.connect(ip="192.0.2.1", trusted=True) for _ in range(2)]
+    for n, sock in enumerate(clients):
+        sock.sendall(telemt.build_proxy_header(1, (f"203.0.113.{n}", 1), ("198.51.100.1", 443)))
+        core.loop.settle()
+    clients += [core.connect(ip="192.0.2.1", trusted=True) for _ in range(2)]
+    core.loop.settle()
+    assert len(core.owners) == 4
+    for sock in clients:
+        sock.close()
+    core.loop.settle()
