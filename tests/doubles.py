@@ -139,7 +139,7 @@ def pattern_sha(seed: int, size: int) -> bytes:
     return digest.digest()
 
 
-REQ_PQ, REQ_PQ_MULTI, RES_PQ, VECTOR = 0x60469778, 0xBE7E8EF1, 0x05162463, 0x1CB5C415
+REQ_PQ, REQ_PQ_MULTI, RES_PQ, REQ_DH, VECTOR = 0x60469778, 0xBE7E8EF1, 0x05162463, 0xD712E4BE, 0x1CB5C415
 PQ = bytes.fromhex("17ed48941a08f981")
 FINGERPRINT = 0xD09D1D85DE64FD85
 
@@ -153,7 +153,7 @@ def res_pq(message: bytes) -> bytes:
     """The answer of a data centre to an unencrypted req_pq or req_pq_multi."""
     zero, _, size = struct.unpack_from("<qqi", message)
     call, nonce = struct.unpack_from("<I16s", message, 20)
-    assert (zero, size) == (0, 20) and call in (REQ_PQ, REQ_PQ_MULTI), message.hex()
+    assert zero == 0 and size >= 20 and call in (REQ_PQ, REQ_PQ_MULTI), message.hex()      # TDLib pads it within its length
     pq = bytes([len(PQ)]) + PQ + bytes(3)                                       # TL bytes: length, content, up to a whole word
     return unencrypted(struct.pack("<I16s16s12sIIQ", RES_PQ, nonce, os.urandom(16), pq, VECTOR, 1, FINGERPRINT))
 
@@ -214,6 +214,7 @@ class Flight:
     group: int
     share: bytes
     records: tuple[int, int, int]       # body lengths: ServerHello, CCS, ApplicationData
+    order: tuple[int, ...]              # types of the extensions
 
 
 def parse_flight(flight: bytes, hello: bytes, secret: bytes) -> Flight:
@@ -244,7 +245,7 @@ def parse_flight(flight: bytes, hello: bytes, secret: bytes) -> Flight:
     share = extensions[0x33][4:]
     assert len(share) == size == {X25519: 32, MLKEM: 1120}[group], (group, size)
     assert on_curve(share[-32:]), "the key share is no point of Curve25519"
-    return Flight(rest[:2], group, share, (first, 1, last))
+    return Flight(rest[:2], group, share, (first, 1, last), tuple(extensions))
 
 
 def on_curve(key: bytes) -> bool:
@@ -539,7 +540,9 @@ class DcPeer(Peer):
         """Answer frames until the peer goes."""
         while True:
             frame = self.recv_frame()
-            if frame.startswith(bytes(8)):
+            if frame.startswith(bytes(8)) and frame[20:24] == struct.pack("<I", REQ_DH):
+                self.send_frame(struct.pack("<i", -404))     # only Telegram can read what follows: the end of every key exchange here
+            elif frame.startswith(bytes(8)):
                 self.send_frame(res_pq(frame))
             elif frame.startswith(ORDER):
                 word, size, seed = struct.unpack_from("<8sQQ", frame, 4)

@@ -1,0 +1,226 @@
+"""Mask hosts for the journeys: certificates, a real nginx, a real OpenSSL with post-quantum groups, a host that follows a script.
+
+Nothing here imports telemt.py.  Everything listens on loopback and has time limits.
+"""
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+from doubles import free_port, poll
+
+NGINX = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+NGINX_MISSING = "nginx is not installed: make deps-test"
+
+
+# -- certificates ------------------------------------------------------------------------------------------------------------------
+
+def make_key(kind: str) -> Any:
+    """A private key: `ec`, or `rsa` with the number of bits behind it."""
+    return ec.generate_private_key(ec.SECP256R1()) if kind == "ec" else rsa.generate_private_key(65_537, int(kind.removeprefix("rsa")))
+
+
+def make_certificate(folder: Path, kind: str = "ec", chain: int = 0, names: Sequence[str] = ("example.com",)) -> tuple[Path, Path]:
+    """(certificate file, key file) of a self-made certificate behind `chain` authorities of the same kind."""
+    now = datetime.datetime.now(datetime.UTC)
+    issuer_key, issuer, found = None, None, []
+    for level in range(chain, -1, -1):
+        key = make_key(kind)
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, names[0] if level == 0 else f"Test authority {level}")])
+        builder = (x509.CertificateBuilder().subject_name(name).issuer_name(issuer or name).public_key(key.public_key())
+                   .serial_number(x509.random_serial_number()).not_valid_before(now - datetime.timedelta(days=1))
+                   .not_valid_after(now + datetime.timedelta(days=30)))
+        if level == 0:
+            builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(one) for one in names]), critical=False)
+        else:
+            builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        found.append(builder.sign(issuer_key or key, hashes.SHA256()))
+        issuer_key, issuer = key, name
+    folder.mkdir(parents=True, exist_ok=True)
+    certificate, private = folder / f"{kind}-{chain}.crt", folder / f"{kind}-{chain}.key"
+    # the leaf first; an authority that signs itself stays at home, as on real hosts
+    certificate.write_bytes(b"".join(one.public_bytes(serialization.Encoding.PEM) for one in reversed(found[1:] if chain else found)))
+    plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    private.write_bytes(issuer_key.private_bytes(serialization.Encoding.PEM, *plain))
+    return certificate, private
+
+
+# -- a real nginx ------------------------------------------------------------------------------------------------------------------
+
+class Nginx:
+    """nginx on a loopback port (`port`) or a unix socket (`path`), serving `folder/html`; `ssl` are lines for its server block."""
+
+    def __init__(self, folder: Path, certificate: tuple[Path, Path], ssl: Sequence[str] = (), *, unix: bool = False,
+                 proxy_protocol: bool = False, server: Sequence[str] = (), h2: bool = True) -> None:
+        assert NGINX, NGINX_MISSING
+        self.folder, self.port, self.path = folder, free_port(), folder / "nginx.sock"
+        (folder / "html").mkdir(parents=True, exist_ok=True)
+        (folder / "html" / "index.html").write_text("<h1>It is real</h1>\n")
+        listen = f"unix:{self.path}" if unix else f"127.0.0.1:{self.port}"
+        options = " ssl" + " http2" * h2 + " proxy_protocol" * proxy_protocol
+        lines = [f"ssl_certificate {certificate[0]};", f"ssl_certificate_key {certificate[1]};",
+                 *(ssl or ["ssl_protocols TLSv1.2 TLSv1.3;"]), *server]
+        config = folder / "nginx.conf"
+        config.write_text(f"""
+{"user root;" if os.geteuid() == 0 else ""} worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log info; daemon off;
+events {{ worker_connections 512; }}
+http {{
+  access_log {folder}/access.log; client_body_temp_path {folder}/t1; proxy_temp_path {folder}/t2; fastcgi_temp_path {folder}/t3;
+  uwsgi_temp_path {folder}/t4; scgi_temp_path {folder}/t5; root {folder}/html; ssl_session_cache off;
+  server {{ listen {listen}{options}; {" ".join(lines)} }}
+}}
+""")
+        self.process = subprocess.Popen([NGINX, "-e", str(folder / "error.log"), "-c", str(config)], stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        poll(self._ready, "nginx listens", 20.0)
+
+    def _ready(self) -> bool:
+        assert self.process.poll() is None, (self.process.stderr.read() if self.process.stderr else b"").decode()
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX if self.path.exists() else socket.AF_INET) as sock:
+            sock.connect(str(self.path) if self.path.exists() else ("127.0.0.1", self.port))
+            return True
+        return False
+
+    def close(self) -> None:
+        """Stop it; safe to call twice."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(10)
+        if self.process.stderr is not None:
+            self.process.stderr.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# -- hosts in this process ---------------------------------------------------------------------------------------------------------
+
+class Host:
+    """A listener whose connections are served by `serve(socket)` in threads; `count` connections so far, `openings` their first bytes."""
+
+    def __init__(self, serve: Callable[[socket.socket], None], port: int = 0) -> None:
+        self._serve = serve
+        self.listener = socket.create_server(("127.0.0.1", port), backlog=64)
+        self.port: int = self.listener.getsockname()[1]
+        self.count = 0
+        self._open: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self.listener.accept()
+            except OSError:
+                return
+            sock.settimeout(30)
+            self.count += 1
+            self._open.append(sock)
+            threading.Thread(target=self._attend, args=(sock,), daemon=True).start()
+
+    def _attend(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            self._serve(sock)
+        with contextlib.suppress(OSError):
+            sock.close()
+
+    def close(self) -> None:
+        """Hang up everywhere."""
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        for sock in self._open:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def says(data: bytes, hang_up: bool = False) -> Callable[[socket.socket], None]:
+    """A host that reads something, answers `data`, and waits for the end or hangs up."""
+    def serve(sock: socket.socket) -> None:
+        sock.recv(65_536)
+        sock.sendall(data)
+        while not hang_up and sock.recv(65_536):
+            pass
+    return serve
+
+
+def stays_silent(sock: socket.socket) -> None:
+    """A host that reads and never answers."""
+    while sock.recv(65_536):
+        pass
+
+
+def openssl_host(certificate: tuple[Path, Path], groups: bytes = b"X25519MLKEM768:X25519", page: bytes = b"<h1>real</h1>",
+                 port: int = 0, delay_s: float = 0.0) -> Host:
+    """A TLS 1.3 server of a current OpenSSL (that of `cryptography`), which knows X25519MLKEM768.  ImportError without pyOpenSSL."""
+    from OpenSSL import SSL
+    context = SSL.Context(SSL.TLS_SERVER_METHOD)
+    context.set_min_proto_version(SSL.TLS1_3_VERSION)
+    context.use_certificate_chain_file(str(certificate[0]))
+    context.use_privatekey_file(str(certificate[1]))
+    context.set_alpn_select_callback(lambda _connection, offered: b"http/1.1" if b"http/1.1" in offered else SSL.NO_OVERLAPPING_PROTOCOLS)
+    set_groups(context, groups)
+
+    def serve(sock: socket.socket) -> None:
+        time.sleep(delay_s)
+        sock.settimeout(None)                    # pyOpenSSL takes a socket with a time limit for a non-blocking one
+        connection = SSL.Connection(context, sock)
+        connection.set_accept_state()
+        try:
+            connection.do_handshake()
+            connection.recv(4096)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(page) + page)
+            connection.shutdown()
+        except SSL.Error:
+            pass
+    return Host(serve, port)
+
+
+def set_groups(context: Any, groups: bytes) -> None:
+    """Restrict an OpenSSL context to these key-share groups, best first."""
+    from OpenSSL._util import lib
+    assert lib.SSL_CTX_set1_curves_list(context._context, groups) == 1, "this OpenSSL does not know such a group"
+
+
+def knows_mlkem() -> bool:
+    """Whether this Python can run a TLS server with X25519MLKEM768."""
+    try:
+        from OpenSSL import SSL
+        set_groups(SSL.Context(SSL.TLS_SERVER_METHOD), b"X25519MLKEM768")
+    except Exception:
+        return False
+    return True
+
+
+if __name__ == "__main__":                       # a host to try things by hand: python tests/sites.py ec
+    folder = Path(f"/tmp/site-{os.getpid()}")
+    with openssl_host(make_certificate(folder, sys.argv[1] if len(sys.argv) > 1 else "ec")) as host:
+        print(host.port, flush=True)
+        time.sleep(3600)
