@@ -4524,7 +4524,7 @@ class Sources:
     Every function is called on the loop thread and has to be quick; it may return None when it has nothing yet.
     """
 
-    __slots__ = ("pool", "upstreams", "path", "nat", "route", "beobachten", "stage")
+    __slots__ = ("pool", "upstreams", "path", "nat", "route", "beobachten", "stage", "accepting", "reloads", "reloaded_wall", "on_event")
 
     def __init__(self) -> None:
         self.pool: Callable[[], PoolSnapshot | None] | None = None
@@ -4534,6 +4534,26 @@ class Sources:
         self.route: Callable[[], RouteSnapshot] | None = None
         self.beobachten: Callable[[], str] | None = None     # body of /beobachten
         self.stage = "config_load"                           # startup_stage of runtime/gates; `ready` at last
+        self.accepting = False                               # listeners are open
+        self.reloads = 0                                     # configurations made live since the start
+        self.reloaded_wall = 0.0                             # unix seconds of the last one, 0 = none
+        self.on_event: Callable[[str, str], None] | None = None          # somebody keeps the list of runtime/events
+
+    def event(self, kind: str, context: str) -> None:
+        """Something that an operator may want to know later: a type of api.md 15.1, and what about; never a secret."""
+        if self.on_event is not None:
+            self.on_event(kind, context)
+
+    def admit(self, accepting: bool, context: str) -> None:
+        """New clients are let in from now on, or are not."""
+        self.accepting = accepting
+        self.event("admission.state", f"accepting={str(accepting).lower()} {context}")
+
+    def reloaded(self, now_wall: float) -> None:
+        """A configuration went live."""
+        self.reloads += 1
+        self.reloaded_wall = now_wall
+        self.event("config.reload.applied", f"count={self.reloads}")
 
 
 # -- who knocked (client-protocol.md 12)
@@ -9068,8 +9088,8 @@ def slot_cap(fd_limit: int) -> int:
 class Places:
     """Everybody who is connected, at most `cap`; at the cap the listeners rest (client-protocol.md D2)."""
 
-    def __init__(self, cap: int) -> None:
-        self.cap = cap
+    def __init__(self, cap: int, on_full: Callable[[bool], None] = lambda full: None) -> None:
+        self.cap, self._on_full = cap, on_full
         self.owners: set[Connection] = set()
         self.listeners: list[Listener] = []
         self.closed = False                    # the process stops: nobody comes in any more
@@ -9117,6 +9137,7 @@ class Places:
             log_server.warn("Connection limit reached", limit=self.cap)
         for listener in self.listeners:
             (listener.pause if full else listener.resume)()
+        self._on_full(full)
 
 
 class Sweep:
@@ -9181,7 +9202,8 @@ class Server:
         self.resolver.overrides = parse_dns_overrides(settings.network.dns_overrides)
         self.upstreams = Upstreams(loop, settings, self.counters, decide_families(settings.network, *self.detected), self.resolver)
         self.half_closed: Lane[DirectRelay] = loop.lane(HALF_CLOSED_S, DirectRelay.on_half_closed_timeout)
-        self.places = Places(slot_cap(fd_limit))
+        self.places = Places(slot_cap(fd_limit), lambda full: self.sources.event(
+            "admission.state", f"accepting={str(not full).lower()} reason=connection_limit"))
         self.places.spare = SpareDescriptor(loop.mailbox.fd)
         self.handshakes = Handshakes(loop, settings, self.places.cap)
         self.masks = Masks(loop, self.arena, self.resolver, Observer(loop, settings), self.places.cap, self.ended)
@@ -9219,6 +9241,8 @@ class Server:
         self.fronts.start()
         for listener in self.places.listeners:
             listener.resume()
+        self.sources.stage = "ready"
+        self.sources.admit(bool(self.places.listeners), "reason=start")
 
     @property
     def stopping(self) -> bool:
@@ -9242,6 +9266,7 @@ class Server:
         telemetry = self.settings.general.telemetry
         self.counters.gate(telemetry.core_enabled, telemetry.me_level)
         self.count_users = self.settings.general.telemetry.user_enabled
+        self.sources.reloaded(time.time())
 
     def open_unix(self) -> None:
         """Bind the unix listener, where one is configured.  Raises OSError (client-protocol.md 2.2)."""
@@ -9311,6 +9336,7 @@ class Server:
         log_server.info("Shutting down...")
         self.places.close_listeners()
         self.masks.observer.flush()
+        self.sources.admit(False, "reason=stop")
         for owner in list(self.places.owners):
             if isinstance(owner, DirectRelay):
                 owner.drain()
@@ -9549,6 +9575,7 @@ class Control:
         self.started_at = server.loop.clock()
         self.started_wall = time.time()
         self.sources = server.sources
+        self.version = VERSION
         self.log = Log("api")
         self.config_error: type[Exception] = ConfigError
 

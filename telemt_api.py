@@ -10,12 +10,15 @@ second time, so its names appear in annotations only.
    3  metrics     pure  <- 2               the Prometheus page
    4  commands    pure  <- 1               what a mutating request wants
    5  tomledit    pure  <- 4               single entries of [access.*] changed in the text, everything else kept
+   6  routes      pure  <- 1-3             which requests exist; the OpenAPI document
    7  store       io    <- 1 4 5           the configuration on disk: revision, changes
-   9  service     io    <- 1               start and stop
+   8  http        io    <- 1               HTTP/1.1 for few clients, none of whom is trusted
+   9  service     io    <- 1-4 6-8         gates and handlers; start and stop
   10  qr          pure  <- -               a link as a QR code
 """
 from __future__ import annotations
 
+import collections
 import contextlib
 import datetime
 import errno
@@ -23,17 +26,22 @@ import fcntl
 import functools
 import hashlib
 import heapq
+import hmac
 import ipaddress
 import itertools
 import json
+import math
 import os
 import re
+import socket
 import stat
+import sys
 import threading
 import time
 import tomllib
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from telemt import (
@@ -41,12 +49,14 @@ if TYPE_CHECKING:
         Api,
         Counters,
         General,
+        IpNetwork,
         Link,
         Loaded,
         Log,
         MeCounters,
         PoolSnapshot,
         RouteSnapshot,
+        ServerSettings,
         Settings,
         Sources,
         Telemetry,
@@ -179,6 +189,7 @@ class ControlPort(Protocol):
     started_at: float                    # monotonic seconds
     started_wall: float                  # unix seconds
     sources: Sources                     # what other rooms can tell, called through ask()
+    version: str                         # of the program
     log: Log
     config_error: type[Exception]        # what expand, parse and accept raise; `.invalid` tells validation from the rest
 
@@ -1312,6 +1323,394 @@ def _equal(left: Any, right: Any) -> bool:
     return bool(left == right) or (left != left and right != right)        # NaN
 
 
+# == 6. routes ===============================================================
+# One table says which requests exist.  The dispatcher, the OpenAPI document that
+# /v1/openapi.json serves, docs/api.md and the contract tests are made from it.
+# Shapes are written in one line: `name:type` members, `name?:type` where a member
+# is omitted when absent.  Types: int (>= 0), num, pct, bool, str, link, =constant,
+# words with | between them, [array], Name of another shape; ~ behind it: nullable.
+# Traps: an unknown method on a known fixed path is 404, on one user 405, POST there
+# 404 again (api.md 5); the name of a user is decoded, the rest of a path never.
+
+class Route(NamedTuple):
+    """One request that is answered."""
+
+    method: str
+    path: str                    # {username} stands for one segment
+    name: str                    # handler and operationId
+    data: str                    # shape of `data`; empty: no envelope
+    summary: str
+    action: str = ""             # of a mutation: what parse_command() is told
+    body: str = ""               # shape of the body; `ignored`: read and thrown away
+    status: int = 200
+
+
+ROUTES: Final = (
+    Route("GET", "/v1/health", "get_health", "HealthData", "Liveness and read-only flag"),
+    Route("GET", "/v1/health/ready", "get_ready", "ReadyData", "Fit for new clients? Not ready is 503 with this envelope"),
+    Route("GET", "/v1/system/info", "get_system_info", "SystemInfoData", "Version, platform, configuration file"),
+    Route("GET", "/v1/stats/summary", "get_summary", "SummaryData", "Core counters"),
+    Route("GET", "/v1/stats/zero/all", "get_zero_all", "ZeroAllData", "All counters (zero cost)"),
+    Route("GET", "/v1/stats/upstreams", "get_upstreams", "UpstreamsData", "Upstream counters and, when enabled, health rows"),
+    Route("GET", "/v1/stats/minimal/all", "get_minimal_all", "MinimalAllData", "Middle-End runtime snapshot (gated, cached)"),
+    Route("GET", "/v1/stats/me-writers", "get_me_writers", "MeWritersData", "Alias of data.me_writers of minimal/all"),
+    Route("GET", "/v1/stats/dcs", "get_dcs", "DcStatusData", "Alias of data.dcs of minimal/all"),
+    Route("GET", "/v1/stats/users", "get_users", "[UserInfo]", "Same as GET /v1/users"),
+    Route("GET", "/v1/stats/users/active-ips", "get_active_ips", "[ActiveIps]", "Users that are connected, with their addresses"),
+    Route("GET", "/v1/stats/users/quota", "get_quotas", "UserQuotaListData", "Quota use of the users that have a quota"),
+    Route("GET", "/v1/users", "get_users", "[UserInfo]", "All users"),
+    Route("POST", "/v1/users", "create_user", "CreateUserResponse", "Create a user", "create", "CreateUserRequest", 201),
+    Route("GET", "/v1/users/{username}", "get_user", "UserInfo", "One user"),
+    Route("PATCH", "/v1/users/{username}", "patch_user", "UserInfo", "Change a user", "patch", "PatchUserRequest"),
+    Route("DELETE", "/v1/users/{username}", "delete_user", "str", "Delete a user", "delete"),
+    Route("POST", "/v1/users/{username}/rotate-secret", "rotate_secret", "CreateUserResponse", "Replace the secret of a user",
+          "rotate_secret", "RotateSecretRequest"),
+    Route("POST", "/v1/users/{username}/enable", "enable_user", "UserInfo", "Enable a user", "enable", "ignored"),
+    Route("POST", "/v1/users/{username}/disable", "disable_user", "UserInfo", "Disable a user and close its sessions", "disable",
+          "ignored"),
+    Route("POST", "/v1/users/{username}/reset-quota", "reset_quota", "ResetUserQuotaResponse", "Set the used octets of a user to 0",
+          "reset_quota", "ignored"),
+    Route("GET", "/v1/limits/effective", "get_limits", "LimitsData", "Timeouts and policies in force"),
+    Route("GET", "/v1/security/posture", "get_posture", "PostureData", "Switches of API and telemetry"),
+    Route("GET", "/v1/security/whitelist", "get_whitelist", "WhitelistData", "Networks that may use the API"),
+    Route("GET", "/v1/runtime/gates", "get_gates", "GatesData", "Admission and start-up state"),
+    Route("GET", "/v1/runtime/me_pool_state", "get_pool_state", "PoolStateBlock", "Generations, writers and refills of the pool"),
+    Route("GET", "/v1/runtime/me-pool-state", "get_pool_state", "PoolStateBlock", "The same"),
+    Route("GET", "/v1/runtime/me_quality", "get_me_quality", "MeQualityBlock", "Counters and round-trip times of the pool"),
+    Route("GET", "/v1/runtime/me-quality", "get_me_quality", "MeQualityBlock", "The same"),
+    Route("GET", "/v1/runtime/upstream_quality", "get_upstream_quality", "UpstreamQualityData", "Retry policy, counters, upstream rows"),
+    Route("GET", "/v1/runtime/upstream-quality", "get_upstream_quality", "UpstreamQualityData", "The same"),
+    Route("GET", "/v1/runtime/nat_stun", "get_nat_stun", "NatStunBlock", "What STUN found out"),
+    Route("GET", "/v1/runtime/nat-stun", "get_nat_stun", "NatStunBlock", "The same"),
+    Route("GET", "/v1/runtime/me-selftest", "get_selftest", "UnavailableBlock", "Always unavailable in this version"),
+    Route("GET", "/v1/runtime/connections/summary", "get_connections", "ConnectionsBlock", "Totals and the busiest users"),
+    Route("GET", "/v1/runtime/events/recent", "get_events", "EventsBlock", "What the control plane did lately; query: limit"),
+    Route("GET", "/v1/openapi.json", "get_openapi", "", "The OpenAPI document of this version"),
+)
+_USER: Final = re.compile(r"/v1/users/([^/]+)(/[^/]+)?")
+_PERCENT: Final = re.compile(rb"%([0-9A-Fa-f]{2})")
+NOBODY: Final = "\ud800"                 # stands for a name that cannot be decoded: no user can be called so
+EVENTS_SHOWN: Final = 50
+
+
+def path_of(target: str) -> str:
+    """Path of a request target: without query, fragment and trailing slashes; of an absolute form, what follows the host."""
+    path = re.split("[?#]", target, maxsplit=1)[0]
+    if not path.startswith("/"):
+        path = re.sub("^[A-Za-z][A-Za-z0-9+.-]*://[^/]*", "", path)
+    return path.rstrip("/") or "/"
+
+
+def find_route(method: str, path: str) -> tuple[Route, str]:
+    """Return the route of a request, and the user it names.  Raises ApiError 404 or 405."""
+    fixed = _FIXED.get((method, path))
+    if fixed is not None:
+        return fixed, ""
+    match = None if path in _FIXED_PATHS else _USER.fullmatch(path)
+    if match is None:
+        raise not_found()
+    route = _FIXED.get((method, "/v1/users/{username}" + (match[2] or "")))
+    if route is not None:
+        return route, decode_segment(match[1])
+    if match[2] or method == "POST":
+        raise not_found()
+    raise ApiError(405, "method_not_allowed", "Unsupported HTTP method for this route")
+
+
+_FIXED: Final = {(route.method, route.path): route for route in ROUTES}
+_FIXED_PATHS: Final = frozenset(route.path for route in ROUTES)
+
+
+def percent_decode(text: str) -> str:
+    """Decode UTF-8 in percent notation.  Raises ValueError where it is none."""
+    raw = text.encode("latin-1")
+    if raw.count(b"%") != len(_PERCENT.findall(raw)):
+        raise ValueError("bad escape")
+    return _PERCENT.sub(lambda found: bytes([int(found[1], 16)]), raw).decode()
+
+
+def decode_segment(segment: str) -> str:
+    """Name of a user in a path; NOBODY for what is no name: not UTF-8, a slash, a control character."""
+    try:
+        name = percent_decode(segment)
+    except ValueError:
+        return NOBODY
+    return NOBODY if "/" in name or any(ord(char) < 32 or 127 <= ord(char) < 160 for char in name) else name
+
+
+def query_of(target: str) -> dict[str, str]:
+    """Members of the query; the first of a name counts, what cannot be decoded is left out."""
+    found: dict[str, str] = {}
+    for part in target.partition("#")[0].partition("?")[2].split("&")[:100]:
+        name, _, value = part.replace("+", " ").partition("=")
+        try:
+            found.setdefault(percent_decode(name), percent_decode(value))
+        except ValueError:
+            continue
+    return found
+
+
+def events_limit(target: str) -> int:
+    """How many events a request wants: 1 to 1000, 50 without a number."""
+    text = query_of(target).get("limit", "")
+    return max(1, min(1000, int(text[:9]))) if text.isascii() and text.isdigit() else EVENTS_SHOWN
+
+
+# -- shapes
+
+_COUNTS: Final = " ".join(f"{name}:int" for name in """
+    connect_attempt_total connect_success_total connect_fail_total connect_failfast_hard_error_total connect_attempts_bucket_1
+    connect_attempts_bucket_2 connect_attempts_bucket_3_4 connect_attempts_bucket_gt_4 connect_duration_success_bucket_le_100ms
+    connect_duration_success_bucket_101_500ms connect_duration_success_bucket_501_1000ms connect_duration_success_bucket_gt_1000ms
+    connect_duration_fail_bucket_le_100ms connect_duration_fail_bucket_101_500ms connect_duration_fail_bucket_501_1000ms
+    connect_duration_fail_bucket_gt_1000ms""".split())
+_CORE: Final = """uptime_seconds:num connections_total:int connections_bad_total:int handshake_timeouts_total:int configured_users:int"""
+_REFUSALS: Final = """ connections_bad_by_class:[ClassCount] handshake_failures_by_class:[ClassCount]
+    handshake_failures_by_stage:[StageCount]"""
+_GATED: Final = "enabled:bool reason?:feature_disabled|source_unavailable generated_at_epoch_secs:int"
+_CHANGES: Final = """secret?:Secret~ user_ad_tag?:AdTag~ max_tcp_conns?:limit~ expiration_rfc3339?:time~ data_quota_bytes?:limit~
+    max_unique_ips?:limit~ enabled?:bool~"""
+
+SHAPES: Final = {
+    "HealthData": "status:=ok read_only:bool",
+    "ReadyData": """ready:bool status:ready|not_ready reason?:admission_closed|no_healthy_upstreams admission_open:bool
+        healthy_upstreams:int total_upstreams:int""",
+    "SystemInfoData": """version:str target_arch:str target_os:str build_profile:=release process_started_at_epoch_secs:int
+        uptime_seconds:num config_path:str config_hash:Revision config_reload_count:int last_config_reload_epoch_secs?:int""",
+    "SummaryData": _CORE + _REFUSALS,
+    "ClassCount": "class:str total:int",
+    "StageCount": "stage:" + "|".join(FAILURE_STAGES) + " total:int",
+    "ZeroCoreData": _CORE + """ telemetry_core_enabled:bool telemetry_user_enabled:bool
+        telemetry_me_level:silent|normal|debug""" + _REFUSALS,
+    "ZeroUpstreamData": _COUNTS,
+    "ZeroCodeCount": "code:signed total:int",
+    "ZeroMiddleProxyData": """keepalive_sent_total:int keepalive_failed_total:int keepalive_pong_total:int keepalive_timeout_total:int
+        rpc_proxy_req_signal_sent_total:int rpc_proxy_req_signal_failed_total:int rpc_proxy_req_signal_skipped_no_meta_total:int
+        rpc_proxy_req_signal_response_total:int rpc_proxy_req_signal_close_sent_total:int reconnect_attempt_total:int
+        reconnect_success_total:int handshake_reject_total:int handshake_error_codes:[ZeroCodeCount] reader_eof_total:int
+        idle_close_by_peer_total:int route_drop_no_conn_total:int route_drop_channel_closed_total:int route_drop_queue_full_total:int
+        route_drop_queue_full_base_total:int route_drop_queue_full_high_total:int socks_kdf_strict_reject_total:int
+        socks_kdf_compat_fallback_total:int endpoint_quarantine_total:int kdf_drift_total:int kdf_port_only_drift_total:int
+        hardswap_pending_reuse_total:int hardswap_pending_ttl_expired_total:int single_endpoint_outage_enter_total:int
+        single_endpoint_outage_exit_total:int single_endpoint_outage_reconnect_attempt_total:int
+        single_endpoint_outage_reconnect_success_total:int single_endpoint_quarantine_bypass_total:int
+        single_endpoint_shadow_rotate_total:int single_endpoint_shadow_rotate_skipped_quarantine_total:int floor_mode_switch_total:int
+        floor_mode_switch_static_to_adaptive_total:int floor_mode_switch_adaptive_to_static_total:int""",
+    "ZeroPoolData": """pool_swap_total:int pool_drain_active:int pool_force_close_total:int pool_stale_pick_total:int
+        writer_removed_total:int writer_removed_unexpected_total:int refill_triggered_total:int refill_skipped_inflight_total:int
+        refill_failed_total:int writer_restored_same_endpoint_total:int writer_restored_fallback_total:int""",
+    "ZeroDesyncData": """secure_padding_invalid_total:int desync_total:int desync_full_logged_total:int desync_suppressed_total:int
+        desync_frames_bucket_0:int desync_frames_bucket_1_2:int desync_frames_bucket_3_10:int desync_frames_bucket_gt_10:int""",
+    "ZeroAllData": """generated_at_epoch_secs:int core:ZeroCoreData upstream:ZeroUpstreamData middle_proxy:ZeroMiddleProxyData
+        pool:ZeroPoolData desync:ZeroDesyncData""",
+    "UpstreamSummaryData": """configured_total:int healthy_total:int unhealthy_total:int direct_total:int socks4_total:int
+        socks5_total:int""",
+    "UpstreamDcStatus": "dc:int latency_ema_ms:num~ ip_preference:unknown|prefer_v6|prefer_v4|both_work|unavailable",
+    "UpstreamStatus": """upstream_id:int route_kind:direct|socks4|socks5 address:str weight:int scopes:str healthy:bool fails:int
+        last_check_age_secs:int effective_latency_ms:num~ dc:[UpstreamDcStatus]""",
+    "UpstreamsData": _GATED + " zero:ZeroUpstreamData summary?:UpstreamSummaryData upstreams?:[UpstreamStatus]",
+    "MeWritersSummary": """configured_dc_groups:int configured_endpoints:int available_endpoints:int available_pct:pct
+        required_writers:int alive_writers:int coverage_pct:pct""",
+    "MeWriterStatus": """writer_id:int dc:int~ endpoint:str generation:int state:warm|active|draining draining:bool degraded:bool
+        bound_clients:int idle_for_secs:int~ rtt_ema_ms:num~""",
+    "MeWritersData": """middle_proxy_enabled:bool reason?:feature_disabled|source_unavailable generated_at_epoch_secs:int
+        summary:MeWritersSummary writers:[MeWriterStatus]""",
+    "DcStatus": """dc:int endpoints:[str] available_endpoints:int available_pct:pct required_writers:int alive_writers:int
+        coverage_pct:pct rtt_ms:num~ load:int""",
+    "DcStatusData": """middle_proxy_enabled:bool reason?:feature_disabled|source_unavailable generated_at_epoch_secs:int
+        dcs:[DcStatus]""",
+    "MinimalQuarantineData": "endpoint:str remaining_ms:int",
+    "MinimalDcPathData": """dc:int ip_preference:unknown|prefer_v6|prefer_v4|both|unavailable~ selected_addr_v4:str~
+        selected_addr_v6:str~""",
+    "MinimalMeRuntimeData": """active_generation:int warm_generation:int pending_hardswap_generation:int
+        pending_hardswap_age_secs:int~ hardswap_enabled:bool floor_mode:static|adaptive adaptive_floor_idle_secs:int
+        adaptive_floor_min_writers_single_endpoint:int adaptive_floor_recover_grace_secs:int me_keepalive_enabled:bool
+        me_keepalive_interval_secs:int me_keepalive_jitter_secs:int me_keepalive_payload_random:bool rpc_proxy_req_every_secs:int
+        me_reconnect_max_concurrent_per_dc:int me_reconnect_backoff_base_ms:int me_reconnect_backoff_cap_ms:int
+        me_reconnect_fast_retry_count:int me_pool_drain_ttl_secs:int me_pool_force_close_secs:int me_pool_min_fresh_ratio:num
+        me_bind_stale_mode:never|ttl|always me_bind_stale_ttl_secs:int me_single_endpoint_shadow_writers:int
+        me_single_endpoint_outage_mode_enabled:bool me_single_endpoint_outage_disable_quarantine:bool
+        me_single_endpoint_outage_backoff_min_ms:int me_single_endpoint_outage_backoff_max_ms:int
+        me_single_endpoint_shadow_rotate_every_secs:int me_deterministic_writer_sort:bool me_socks_kdf_policy:strict|compat
+        quarantined_endpoints_total:int quarantined_endpoints:[MinimalQuarantineData]""",
+    "MinimalAllPayload": "me_writers:MeWritersData dcs:DcStatusData me_runtime?:MinimalMeRuntimeData network_path:[MinimalDcPathData]",
+    "MinimalAllData": _GATED + " data?:MinimalAllPayload",
+    "TlsDomainLink": "domain:str link:link",
+    "UserLinks": "classic:[link] secure:[link] tls:[link] tls_domains:[TlsDomainLink]",
+    "UserInfo": """username:str user_ad_tag:str~ max_tcp_conns:int~ expiration_rfc3339:time~ data_quota_bytes:int~ max_unique_ips:int~
+        current_connections:int active_unique_ips:int total_octets:int links:UserLinks enabled:bool in_runtime:true
+        active_unique_ips_list:[str] recent_unique_ips:int recent_unique_ips_list:[str] octets_from_client:int octets_to_client:int
+        quota_used_bytes:int""",
+    "ActiveIps": "username:str active_ips:[str]",
+    "CreateUserResponse": "user:UserInfo secret:Secret",
+    "CreateUserRequest": "username:Username " + _CHANGES,
+    "PatchUserRequest": _CHANGES,
+    "RotateSecretRequest": "secret?:Secret~",
+    "UserQuotaEntry": "username:str data_quota_bytes:int used_bytes:int last_reset_epoch_secs:int",
+    "UserQuotaListData": "users:[UserQuotaEntry]",
+    "ResetUserQuotaResponse": "username:str used_bytes:zero last_reset_epoch_secs:int",
+    "LimitsTimeouts": """client_handshake_secs:int tg_connect_secs:int client_keepalive_secs:int client_ack_secs:int me_one_retry:int
+        me_one_timeout_ms:int""",
+    "ConnectPolicy": """connect_retry_attempts:int connect_retry_backoff_ms:int unhealthy_fail_threshold:int
+        connect_failfast_hard_errors:bool""",
+    "LimitsMiddleProxy": """floor_mode:static|adaptive adaptive_floor_idle_secs:int adaptive_floor_min_writers_single_endpoint:int
+        adaptive_floor_recover_grace_secs:int reconnect_max_concurrent_per_dc:int reconnect_backoff_base_ms:int
+        reconnect_backoff_cap_ms:int reconnect_fast_retry_count:int""",
+    "UserIpPolicy": "global_each:int mode:=active_window window_secs:int",
+    "UserTcpPolicy": "global_each:int",
+    "LimitsData": """update_every_secs:int me_reinit_every_secs:int me_pool_force_close_secs:int timeouts:LimitsTimeouts
+        upstream:ConnectPolicy middle_proxy:LimitsMiddleProxy user_ip_policy:UserIpPolicy user_tcp_policy:UserTcpPolicy""",
+    "PostureData": """api_read_only:bool api_whitelist_enabled:bool api_whitelist_entries:int api_auth_header_enabled:bool
+        proxy_protocol_enabled:bool log_level:debug|verbose|normal|silent telemetry_core_enabled:bool telemetry_user_enabled:bool
+        telemetry_me_level:silent|normal|debug""",
+    "WhitelistData": "generated_at_epoch_secs:int enabled:bool entries_total:int entries:[str]",
+    "GatesData": """accepting_new_connections:bool conditional_cast_enabled:bool me_runtime_ready:bool me2dc_fallback_enabled:bool
+        me2dc_fast_enabled:false use_middle_proxy:bool route_mode:direct|middle reroute_active:bool
+        reroute_to_direct_at_epoch_secs?:int reroute_reason?:startup_direct_fallback|strict_grace_fallback
+        startup_status:initializing|ready startup_stage:""" + "|".join(STAGES) + """ startup_progress_pct:pct me_down_dc_groups?:[int]
+        fallback_sessions_current?:int fallback_sessions_total?:int""",
+    "PoolGenerations": """active_generation:int warm_generation:int pending_hardswap_generation:int pending_hardswap_age_secs:int~
+        draining_generations:[int]""",
+    "PoolHardswap": "enabled:bool pending:bool",
+    "PoolContour": "warm:int active:int draining:int",
+    "PoolHealth": "healthy:int degraded:int draining:int",
+    "PoolWriters": "total:int alive_non_draining:int draining:int degraded:int contour:PoolContour health:PoolHealth",
+    "PoolRefillDc": "dc:int family:V4|V6 inflight:int",
+    "PoolRefill": "inflight_endpoints_total:int inflight_dc_total:int by_dc:[PoolRefillDc]",
+    "PoolStateData": "generations:PoolGenerations hardswap:PoolHardswap writers:PoolWriters refill:PoolRefill",
+    "PoolStateBlock": _GATED + " data?:PoolStateData",
+    "MeQualityCounters": """idle_close_by_peer_total:int reader_eof_total:int kdf_drift_total:int kdf_port_only_drift_total:int
+        reconnect_attempt_total:int reconnect_success_total:int""",
+    "MeRouteDrops": """no_conn_total:int channel_closed_total:int queue_full_total:int queue_full_base_total:int
+        queue_full_high_total:int""",
+    "MeDcRtt": "dc:int rtt_ema_ms:num~ alive_writers:int required_writers:int coverage_pct:pct",
+    "MeQualityData": "counters:MeQualityCounters route_drops:MeRouteDrops dc_rtt:[MeDcRtt]",
+    "MeQualityBlock": _GATED + " data?:MeQualityData",
+    "ConnectCounters": """connect_attempt_total:int connect_success_total:int connect_fail_total:int
+        connect_failfast_hard_error_total:int""",
+    "UpstreamQualityData": _GATED + """ policy:ConnectPolicy counters:ConnectCounters summary?:UpstreamSummaryData
+        upstreams?:[UpstreamStatus]""",
+    "NatFlags": "nat_probe_enabled:bool nat_probe_disabled_runtime:bool nat_probe_attempts:int",
+    "NatServers": "configured:[str] live:[str] live_total:int",
+    "NatAddress": "addr:str age_secs:int",
+    "NatReflection": "v4?:NatAddress v6?:NatAddress",
+    "NatStunData": "flags:NatFlags servers:NatServers reflection:NatReflection stun_backoff_remaining_ms?:int",
+    "NatStunBlock": _GATED + " data?:NatStunData",
+    "UnavailableBlock": "enabled:false reason:=source_unavailable generated_at_epoch_secs:int",
+    "CacheInfo": "ttl_ms:int served_from_cache:bool stale_cache_used:bool",
+    "ConnectionTotals": "current_connections:int current_connections_me:int current_connections_direct:int active_users:int",
+    "TopUser": "username:str current_connections:int total_octets:int",
+    "TopUsers": "limit:int by_connections:[TopUser] by_throughput:[TopUser]",
+    "TopTelemetry": "user_enabled:bool throughput_is_cumulative:true",
+    "ConnectionsData": "cache:CacheInfo totals:ConnectionTotals top:TopUsers telemetry:TopTelemetry",
+    "ConnectionsBlock": _GATED + " data?:ConnectionsData",
+    "EventRow": "seq:int ts_epoch_secs:int event_type:str context:str",
+    "EventsData": "capacity:int dropped_total:int events:[EventRow]",
+    "EventsBlock": _GATED + " data?:EventsData",
+    "ErrorBody": "code:" + "|".join("""bad_request unauthorized forbidden read_only not_found method_not_allowed request_timeout
+        revision_conflict user_exists last_user_forbidden payload_too_large uri_too_long headers_too_large internal_error not_implemented
+        api_disabled http_version_not_supported""".split()) + " message:str",
+    "ErrorEnvelope": "ok:false error:ErrorBody request_id:int",
+}
+_KINDS: Final[dict[str, JsonObject]] = {
+    "int": {"type": "integer", "minimum": 0}, "signed": {"type": "integer", "format": "int32"},
+    "limit": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}, "num": {"type": "number", "format": "double", "minimum": 0},
+    "pct": {"type": "number", "format": "double", "minimum": 0, "maximum": 100}, "bool": {"type": "boolean"}, "str": {"type": "string"},
+    "time": {"type": "string", "format": "date-time"}, "true": {"type": "boolean", "const": True},
+    "false": {"type": "boolean", "const": False}, "zero": {"type": "integer", "const": 0},
+    "link": {"type": "string", "pattern": r"^tg://proxy\?server=[^&]+&port=[0-9]+&secret="},
+    "Revision": {"type": "string", "pattern": "^[0-9a-f]{64}$"}, "Secret": {"type": "string", "pattern": "^[0-9A-Fa-f]{32}$"},
+    "AdTag": {"type": "string", "pattern": "^[0-9A-Fa-f]{32}$"},
+    "Username": {"type": "string", "pattern": r"^(?!\.{1,2}$)[A-Za-z0-9_.-]{1,64}$", "minLength": 1, "maxLength": 64},
+}
+
+
+def schema_of(text: str) -> JsonObject:
+    """JSON Schema of one type of the short notation."""
+    if text.endswith("~"):
+        found = dict(schema_of(text[:-1]))
+        if "enum" in found:
+            return {"type": ["string", "null"], "enum": [*found["enum"], None]}
+        return found | {"type": [found["type"], "null"]}
+    if text.startswith("["):
+        return {"type": "array", "items": schema_of(text[1:-1])}
+    if text.startswith("="):
+        return {"type": "string", "const": text[1:]}
+    if text in _KINDS:
+        return _KINDS[text]
+    if text in SHAPES:
+        return {"$ref": f"#/components/schemas/{text}"}
+    return {"type": "string", "enum": text.split("|")}
+
+
+def shape_schema(text: str) -> JsonObject:
+    """JSON Schema of an object in the short notation."""
+    members = [member.partition(":") for member in text.split()]
+    required = [name for name, _, _ in members if not name.endswith("?")]
+    properties = {name.rstrip("?"): schema_of(kind) for name, _, kind in members}
+    return {"type": "object", **({"required": required} if required else {}), "properties": properties}
+
+
+_ANSWERS: Final = {
+    "400": "Malformed request or body, or the resulting configuration is invalid.", "401": "Authorization does not match.",
+    "403": "Not from here: whitelist, host or browser guard, read-only mode.", "404": "No such user.",
+    "405": "Unsupported method.", "409": "If-Match does not hold, the user exists, or it is the last one.",
+    "413": "The body is larger than request_body_limit_bytes.", "500": "The configuration cannot be read or written.",
+    "503": "The API is switched off.", "default": "Refused before routing (408, 414, 431, 501, 505); the connection is closed."}
+
+
+def describe(route: Route) -> JsonObject:
+    """The OpenAPI operation of a route."""
+    envelope = {"type": "object", "required": ["ok", "data", "revision"],
+                "properties": {"ok": {"const": True}, "data": schema_of(route.data), "revision": _KINDS["Revision"]}} if route.data else {
+                    "type": "object", "required": ["openapi", "info", "paths"]}
+    answer = {"description": "Success.", "content": {JSON_TYPE: {"schema": envelope}}}
+    refusal = {"content": {JSON_TYPE: {"schema": schema_of("ErrorEnvelope")}}}
+    user = "{username}" in route.path
+    codes = ["400", "401", "403"] + ["404", "405"] * user + ["409"] * bool(route.action) + ["413"] * bool(route.body) + ["500", "503"]
+    answers = {str(route.status): answer} | {code: {"description": _ANSWERS[code], **refusal} for code in [*codes, "default"]}
+    if route.name == "get_ready":
+        answers["503"] = answer | {"description": "Not ready."}
+    found: JsonObject = {"operationId": operation_id(route), "summary": route.summary}
+    parameters: list[JsonObject] = []
+    if user:
+        parameters.append({"name": "username", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}})
+    if route.action:
+        parameters.append({"name": "If-Match", "in": "header", "required": False, "schema": {"type": "string"}})
+    if route.name == "get_events":
+        parameters.append({"name": "limit", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 1, "maximum": 1000}})
+    if parameters:
+        found["parameters"] = parameters
+    if route.body and route.body != "ignored":
+        found["requestBody"] = {"required": route.action != "rotate_secret",
+                                "content": {"application/json": {"schema": schema_of(route.body)}}}
+    return found | {"responses": answers}
+
+
+def operation_id(route: Route) -> str:
+    """Unique name of a route: its own, and the way to it where several routes share the handler."""
+    same = [other.path for other in ROUTES if other.name == route.name]
+    return route.name if same[0] == route.path else f"{route.name}_{same.index(route.path) + 1}"
+
+
+def make_openapi(version: str) -> JsonObject:
+    """The OpenAPI document of this program."""
+    paths: dict[str, JsonObject] = {}
+    for route in ROUTES:
+        paths.setdefault(route.path, {})[route.method.lower()] = describe(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Telemt Control API", "version": version,
+                 "summary": "Control API v1 of telemt 3.2.1 as telemt.py serves it.",
+                 "description": "Answers may get more members in later versions; clients ignore what they do not know.  Trailing slashes "
+                                "are ignored.  Methods that are not listed answer 404, on /v1/users/{username} 405 (POST: 404)."},
+        "security": [{}, {"AuthorizationValue": []}], "paths": paths,
+        "components": {
+            "securitySchemes": {"AuthorizationValue": {"type": "apiKey", "in": "header", "name": "Authorization",
+                                                       "description": "The exact value of server.api.auth_header."}},
+            "schemas": {name: shape_schema(text) for name, text in SHAPES.items()}}}
+
+
 # == 7. store ================================================================
 # The configuration on disk.  A change reads main file and includes once, edits
 # their text, validates the result as a start would, writes it whole and makes
@@ -1703,14 +2102,1021 @@ def _remove_leftover(path: str, now_wall: float) -> None:
     os.unlink(path)
 
 
+# == 8. http =================================================================
+# HTTP/1.1 for few clients, none of whom is trusted.  The standard library's server
+# is too lenient (header syntax, 64 KiB lines, no deadlines) and needs packages that
+# a router lacks, so this is a small one of our own.  A thread per connection, few
+# connections, and a deadline on everything that waits for the peer: who is slow
+# or stuck costs one thread and nobody's time.
+# Traps: `100 Continue` only when the body is about to be read; an answer while body
+# bytes are unread closes the connection, after a short drain, or the client would
+# see a reset instead of the answer.
+# Source: api.md 14.1, 14.2; RFC 9112.
+
+LINE_MAX: Final = 8192                   # bytes of a request line
+HEAD_MAX: Final = 32_768                 # bytes of the header section
+FIELDS_MAX: Final = 100
+REQUESTS_MAX: Final = 1000               # per connection
+HEAD_S: Final = 10.0                     # from the first byte of a head to its last
+BODY_S: Final = 10.0
+IDLE_S: Final = 30.0                     # keep-alive, and before the first byte
+WRITE_S: Final = 10.0
+_CROWDED_IDLE_S: Final = 5.0             # where all places are taken, who was idle for so long makes room
+_DRAIN_MAX, _DRAIN_S = 65_536, 1.0
+_RETRY_S: Final = 10.0                   # after a bind that failed
+_ACCEPT_PAUSE_S: Final = 0.1             # after an accept that failed
+_BACKLOG: Final = 128
+_CHUNK_LINE_MAX: Final = 8 + 256 + 2     # size, extension, line end
+_TRAILERS_MAX: Final = 8
+_READ: Final = 65_536
+_TOKEN: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE: Final = re.compile(rf"({_TOKEN}) ([\x21-\x7e]+) HTTP/(\d)\.(\d)")
+_FIELD: Final = re.compile(rf"({_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
+_CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.{0,256})?", re.DOTALL)
+_WORDS: Final = {
+    200: "OK", 201: "Created", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
+    408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long", 431: "Request Header Fields Too Large",
+    500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported"}
+_DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+class Head(NamedTuple):
+    """A request without its body, parsed; names of fields in lower case."""
+
+    method: str
+    target: str
+    old: bool                            # HTTP/1.0
+    fields: Sequence[tuple[str, str]]
+    length: int                          # of the body, -1 = chunked
+
+    def values(self, name: str) -> list[str]:
+        """Values of a field in order; `name` in lower case."""
+        return [value for field, value in self.fields if field == name]
+
+    @property
+    def keep(self) -> bool:
+        """True if the connection goes on after the answer."""
+        return not self.old and not any("close" in value.lower().replace(" ", "").split(",") for value in self.values("connection"))
+
+
+def malformed() -> ApiError:
+    """400: not HTTP."""
+    return bad_request("Malformed HTTP request")
+
+
+def parse_line(line: bytes) -> Head:
+    """Return what a request line says, without fields yet.  Raises ApiError of gate 0."""
+    match = _REQUEST_LINE.fullmatch(line.decode("latin-1"))
+    if match is None:
+        raise malformed()
+    if match[3] != "1" or match[4] not in "01":
+        raise ApiError(505, "http_version_not_supported", "HTTP version not supported")
+    return Head(match[1], match[2], match[4] == "0", (), 0)
+
+
+def parse_head(start: Head, section: bytes) -> Head:
+    """Return a request line with the fields of a header section (lines with their ends).  Raises ApiError of gate 0."""
+    lines = section.decode("latin-1").split("\n")[:-1]
+    if len(lines) > FIELDS_MAX:
+        raise ApiError(431, "headers_too_large", "Request header fields too large")
+    fields = []
+    for text in lines:
+        field = _FIELD.fullmatch(text.removesuffix("\r"))
+        if field is None:
+            raise malformed()
+        fields.append((field[1].lower(), field[2].strip(" \t")))
+    head = start._replace(fields=fields)
+    if len(head.values("host")) > 1:
+        raise malformed()
+    return head._replace(length=_body_length(head))
+
+
+def _body_length(head: Head) -> int:
+    codings, lengths = head.values("transfer-encoding"), head.values("content-length")
+    if codings:
+        if lengths:
+            raise malformed()
+        if head.old or len(codings) > 1 or codings[0].lower() != "chunked":
+            raise ApiError(501, "not_implemented", "Unsupported transfer encoding")
+        return -1
+    if not lengths:
+        return 0
+    if len(lengths) > 1 or not (lengths[0].isascii() and lengths[0].isdigit()):
+        raise malformed()
+    digits = lengths[0].lstrip("0")
+    return int(digits or "0") if len(digits) < 16 else 10**15     # more than any limit
+
+
+class Answer(NamedTuple):
+    """What goes back; body in pieces, so that a long one is never copied."""
+
+    status: int
+    kind: str                            # Content-Type
+    pieces: Sequence[bytes]
+    fields: Sequence[tuple[str, str]] = ()
+    close: bool = False
+
+
+def http_date(at_wall: float) -> str:
+    """IMF-fixdate, whatever the locale."""
+    now = time.gmtime(at_wall)
+    return (f"{_DAYS[now.tm_wday]}, {now.tm_mday:02} {_MONTHS[now.tm_mon - 1]} {now.tm_year} "
+            f"{now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02} GMT")
+
+
+class Request:
+    """A head, who sent it, and its body for whoever wants it."""
+
+    def __init__(self, head: Head, peer: str, wire: Wire) -> None:
+        self.head, self.peer = head, peer
+        self._wire = wire
+        self._read = head.length == 0
+
+    @property
+    def body_unread(self) -> bool:
+        """True while the client may still be sending the body."""
+        return not self._read
+
+    def body(self, limit: int) -> bytes:
+        """Read the body.  Raises ApiError: 413 beyond `limit` bytes, 400 for a transfer error, 408 when it takes too long."""
+        if self._read:
+            return b""
+        too_large = ApiError(413, "payload_too_large", f"Body exceeds {limit} bytes")
+        if self.head.length > limit:
+            raise too_large
+        if not self.head.old and any(value.lower() == "100-continue" for value in self.head.values("expect")):
+            self._wire.write([b"HTTP/1.1 100 Continue\r\n\r\n"])
+        deadline = time.monotonic() + BODY_S
+        try:
+            found = self._wire.take(self.head.length, deadline) if self.head.length > 0 else self._chunks(limit, too_large, deadline)
+        except TimeoutError:
+            raise timed_out() from None
+        except (EOFError, OSError, ValueError):
+            raise bad_request("Invalid request body") from None
+        self._read = True
+        return found
+
+    def _chunks(self, limit: int, too_large: ApiError, deadline: float) -> bytes:
+        found = bytearray()
+        while True:
+            match = _CHUNK_SIZE.fullmatch(self._wire.line(_CHUNK_LINE_MAX, deadline))
+            if match is None:
+                raise ValueError("chunk size")
+            size = int(match[1], 16)
+            if size == 0:
+                break
+            if len(found) + size > limit:
+                raise too_large
+            found += self._wire.take(size, deadline)
+            if self._wire.line(2, deadline):
+                raise ValueError("chunk end")
+        for _ in range(_TRAILERS_MAX + 1):
+            if not self._wire.line(LINE_MAX, deadline):
+                return bytes(found)
+        raise ValueError("trailers")
+
+
+def timed_out() -> ApiError:
+    """408."""
+    return ApiError(408, "request_timeout", "Request timed out")
+
+
+class Wire:
+    """A socket of one client, read through a buffer; every wait has a deadline (monotonic seconds)."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = bytearray()
+        self.idle_since: float | None = time.monotonic()     # None while a request is under way
+
+    def _more(self, deadline: float) -> None:
+        """Read once.  Raises TimeoutError, EOFError, OSError."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._sock.settimeout(left)
+        data = self._sock.recv(_READ)
+        if not data:
+            raise EOFError
+        self._buffer += data
+
+    def take(self, size: int, deadline: float) -> bytes:
+        """The next `size` bytes."""
+        while len(self._buffer) < size:
+            self._more(deadline)
+        found = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return found
+
+    def line(self, most: int, deadline: float) -> bytes:
+        """The next line without its end.  Raises ValueError if it is longer than `most` bytes."""
+        seen = 0
+        while (end := self._buffer.find(b"\n", seen)) < 0:
+            seen = len(self._buffer)
+            if seen > most:
+                raise ValueError("line too long")
+            self._more(deadline)
+        if end > most:
+            raise ValueError("line too long")
+        found = bytes(self._buffer[:end]).removesuffix(b"\r")
+        del self._buffer[:end + 1]
+        return found
+
+    def head(self) -> Head | None:
+        """The next request head; None when the client is silent, or gone before a byte.  Raises ApiError of gate 0, OSError."""
+        self.idle_since = time.monotonic()
+        try:
+            while not self._buffer.lstrip(b"\r\n"):
+                del self._buffer[:]
+                self._more(self.idle_since + IDLE_S)
+        except (TimeoutError, EOFError):
+            return None
+        finally:
+            self.idle_since = None
+        del self._buffer[:len(self._buffer) - len(self._buffer.lstrip(b"\r\n"))]
+        deadline = time.monotonic() + HEAD_S
+        try:
+            start = parse_line(self._request_line(deadline))       # judged before the rest is waited for
+            return parse_head(start, self._section(deadline))
+        except TimeoutError:
+            raise timed_out() from None
+        except EOFError:
+            return None
+
+    def _request_line(self, deadline: float) -> bytes:
+        try:
+            return self.line(LINE_MAX + 1, deadline)         # + 1: the CR
+        except ValueError:
+            raise ApiError(414, "uri_too_long", "Request line too long") from None
+
+    def _section(self, deadline: float) -> bytes:
+        """Header lines with their ends, the empty one removed."""
+        seen = 0
+        while True:
+            found = _HEAD_END.search(self._buffer, seen)
+            if (found.start() if found else len(self._buffer)) > HEAD_MAX:
+                raise ApiError(431, "headers_too_large", "Request header fields too large")
+            if found:
+                section = bytes(self._buffer[:found.start()])
+                del self._buffer[:found.end()]
+                return section
+            seen = max(0, len(self._buffer) - 2)
+            self._more(deadline)
+
+    def write(self, pieces: Iterable[bytes]) -> None:
+        """Send everything.  Raises TimeoutError, OSError."""
+        deadline = time.monotonic() + WRITE_S
+        for piece in pieces:
+            self._sock.settimeout(max(0.001, deadline - time.monotonic()))
+            self._sock.sendall(piece)
+
+    def drain(self) -> None:
+        """Let the client see our last answer: no more from us, and what it still sends is thrown away for a moment."""
+        with contextlib.suppress(OSError, EOFError):
+            self._sock.shutdown(socket.SHUT_WR)
+            deadline, dropped = time.monotonic() + _DRAIN_S, 0
+            while dropped < _DRAIN_MAX:
+                del self._buffer[:]
+                self._more(deadline)
+                dropped += len(self._buffer)
+
+    def shut(self) -> None:
+        """Wake whoever waits here; for another thread."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+
+_HEAD_END: Final = re.compile(rb"^\r?\n", re.MULTILINE)
+
+
+class Site(Protocol):
+    """What answers the requests of a listener."""
+
+    def answer(self, request: Request) -> Answer:
+        """Answer one request; never raises."""
+
+    def refuse(self, error: ApiError, peer: str) -> Answer:
+        """Answer bytes that are no request."""
+
+    def admits(self, peer: str) -> bool:
+        """False: the connection is closed without a byte."""
+
+
+def converse(wire: Wire, peer: str, site: Site) -> None:
+    """Serve one connection until either side has enough.  Raises OSError."""
+    for number in range(1, REQUESTS_MAX + 1):
+        try:
+            head = wire.head()
+        except ApiError as error:
+            wire.write(render(site.refuse(error, peer), None, close=True))
+            wire.drain()
+            return
+        if head is None:
+            return
+        request = Request(head, peer, wire)
+        answer = site.answer(request)
+        close = answer.close or request.body_unread or not head.keep or number == REQUESTS_MAX
+        wire.write(render(answer, head, close=close))
+        if close:
+            wire.drain()
+            return
+
+
+def render(answer: Answer, head: Head | None, *, close: bool) -> list[bytes]:
+    """The answer's bytes; to HEAD without its body."""
+    size = sum(map(len, answer.pieces))
+    lines = [f"HTTP/1.1 {answer.status} {_WORDS[answer.status]}", f"Date: {http_date(time.time())}", f"Content-Type: {answer.kind}",
+             f"Content-Length: {size}", *(f"{name}: {value}" for name, value in answer.fields)]
+    if close:
+        lines.append("Connection: close")
+    block = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+    if head is not None and head.method == "HEAD":
+        return [block]
+    if size <= _READ:
+        return [b"".join((block, *answer.pieces))]           # one segment, one wake-up of the client
+    return [block, *answer.pieces]
+
+
+class Listener:
+    """One listening address: a thread that accepts, and one for each of at most `places` connections."""
+
+    def __init__(self, address: tuple[str, int], places: int, site: Site, log: Log, failed: str) -> None:
+        self.address, self._places, self._site, self._log = address, places, site, log
+        self._failed = failed                  # log text when the address cannot be bound
+        self._wires: set[Wire] = set()
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._sock: socket.socket | None = None
+        self._retried = False
+        self._crowd_at = -math.inf             # last log line about too many connections
+
+    def start(self, opened: Callable[[tuple[str, int]], None]) -> None:
+        """Bind and serve; opened(address) tells when it works.  A bind that fails is tried again every 10 s."""
+        if self._bind():
+            opened(self.address)
+        threading.Thread(target=self._run, args=(opened,), name=f"telemt-{self.address[1]}", daemon=True).start()
+
+    def _bind(self) -> bool:
+        host, port = self.address
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))
+            sock.bind((host, port))
+            sock.listen(_BACKLOG)
+        except OSError as error:
+            sock.close()
+            (self._log.debug if self._retried else self._log.warn)("%s", self._failed, addr=_at(host, port), error=error.strerror)
+            self._retried = True
+            return False
+        self.address = (host, sock.getsockname()[1])
+        self._sock = sock
+        return True
+
+    def _run(self, opened: Callable[[tuple[str, int]], None]) -> None:
+        while self._sock is None:
+            if self._stopped.wait(_RETRY_S):
+                return
+            if self._bind():
+                opened(self.address)
+        while not self._stopped.is_set():
+            try:
+                sock, peer = self._sock.accept()
+            except OSError as error:
+                if not self._stopped.is_set():
+                    self._log.warn("API accept failed", error=error.strerror)
+                    self._stopped.wait(_ACCEPT_PAUSE_S)
+                continue
+            self._admit(sock, peer_ip(peer[0]))
+
+    def _admit(self, sock: socket.socket, peer: str) -> None:
+        """Give a connection its thread, or close it at once."""
+        wire = Wire(sock)
+        if not self._site.admits(peer):
+            self._log.debug("Connection refused by whitelist", peer=peer)
+        elif self._find_place(wire):
+            try:
+                threading.Thread(target=self._serve, args=(sock, wire, peer), name="telemt-http", daemon=True).start()
+                return
+            except RuntimeError as error:      # no more threads: this one goes
+                self._log.warn("API connection dropped", error=error)
+                self._leave(wire)
+        elif time.monotonic() > self._crowd_at + 10.0:
+            self._crowd_at = time.monotonic()
+            self._log.debug("Too many API connections", limit=self._places)
+        sock.close()
+
+    def _find_place(self, wire: Wire) -> bool:
+        with self._lock:
+            if len(self._wires) >= self._places:
+                resting = [(since, id(other), other) for other in self._wires if (since := other.idle_since) is not None]
+                since, _, oldest = min(resting, default=(math.inf, 0, None))
+                if oldest is None or since > time.monotonic() - _CROWDED_IDLE_S:
+                    return False
+                self._wires.discard(oldest)
+                oldest.shut()
+            self._wires.add(wire)
+            return True
+
+    def _leave(self, wire: Wire) -> None:
+        with self._lock:
+            self._wires.discard(wire)
+
+    def _serve(self, sock: socket.socket, wire: Wire, peer: str) -> None:
+        try:
+            with sock:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                converse(wire, peer, self._site)
+        except OSError as error:               # TimeoutError is one: the client does not read
+            self._log.debug("API connection ended", peer=peer, error=error)
+        finally:
+            self._leave(wire)
+
+    def stop(self) -> None:
+        """Close everything; the threads end by themselves."""
+        self._stopped.set()
+        if self._sock is not None:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)        # wakes accept()
+            self._sock.close()
+        with self._lock:
+            for wire in self._wires:
+                wire.shut()
+
+
+def _at(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def peer_ip(host: str) -> str:
+    """Address of a peer without zone; an IPv4 one behind ::ffff: as IPv4."""
+    host = host.partition("%")[0]
+    return host[7:] if host.startswith("::ffff:") and "." in host else host
+
+
 # == 9. service ==============================================================
-# Start and stop of everything above, called by cli of telemt.py.
+# The gates of api.md 4 in their order, the handlers, and what telemt.py starts.
+# A handler runs in the thread of its connection.  It copies plain integers, or asks
+# the loop for a snapshot and shares the answer with everybody who waits (Cached).
+# Long lists are made in slices with a pause between them: the interpreter has one
+# lock, and a session must not wait for it while an operator reads a table.
+# Source: api.md 4, 9, 14.3, 14.4, 15; metrics.md 1, 2, 6.
+
+API_PLACES: Final = 64
+METRICS_PLACES: Final = 32
+_ASK_S: Final = 0.5                      # what the data plane gets for a snapshot
+_STOP_S: Final = 1.0                     # what a change that is being written gets when we stop
+_SLICE: Final = 25                       # users between two pauses
+_SWITCH_S: Final = 0.0005                # how long a thread here may keep the interpreter from the loop
+_TEXT: Final = "text/plain; charset=utf-8"
+_FIELDS: Final = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"))
+_ALLOW: Final = ("Allow", "GET, PATCH, DELETE")
+_MAPPED: Final = ipaddress.IPv6Network("::ffff:0:0/96")
+_CONTEXT_MAX: Final = 256                # bytes of an event's context
+
+
+class Whitelist:
+    """Networks of which a peer must be; none = everybody may.  IPv4 behind ::ffff: is IPv4."""
+
+    def __init__(self, networks: Iterable[IpNetwork]) -> None:
+        self._networks = [_plain_network(network) for network in networks]
+
+    def admits(self, peer: str) -> bool:
+        """True if an address (of peer_ip) may come in."""
+        if not self._networks:
+            return True
+        try:
+            ip = ipaddress.ip_address(peer)
+        except ValueError:
+            return False
+        return any(ip.version == network.version and ip in network for network in self._networks)
+
+
+def _plain_network(network: IpNetwork) -> IpNetwork:
+    if isinstance(network, ipaddress.IPv6Network) and network.prefixlen >= 96 and network.subnet_of(_MAPPED):
+        return ipaddress.IPv4Network((int(network.network_address) & 0xFFFF_FFFF, network.prefixlen - 96))
+    return network
+
+
+class Guard:
+    """Gates 2 to 4: who may ask, from what."""
+
+    def __init__(self, api: Api) -> None:
+        self._whitelist = Whitelist(api.whitelist)
+        self._auth = api.auth_header.strip(" \t") if api.auth_header else None       # blank or not ASCII: locked
+        self._hosts = {host.lower() for host in api.allowed_hosts}
+
+    def check(self, head: Head, peer: str) -> None:
+        """Raise ApiError 403 or 401 in the order of the gates."""
+        if not self._whitelist.admits(peer):
+            raise forbidden("Source IP is not allowed")
+        if self._auth is not None and not self._is_authorized(head.values("authorization")):
+            raise ApiError(401, "unauthorized", "Missing or invalid Authorization header")
+        if self._hosts and not all(map(self._is_host_allowed, head.values("host"))):
+            raise forbidden("Host is not allowed")
+        if head.method in ("POST", "PATCH", "PUT", "DELETE") and _is_cross_site(head):
+            raise forbidden("Cross-site request refused")
+
+    def _is_authorized(self, values: list[str]) -> bool:
+        assert self._auth is not None
+        if len(values) != 1 or not self._auth or not self._auth.isascii() or _NO_HEADER_TEXT.search(values[0]):
+            return False
+        return hmac.compare_digest(values[0].encode(), self._auth.encode())
+
+    def _is_host_allowed(self, value: str) -> bool:
+        host = re.sub(r":\d*$", "", value.strip()).lower()
+        if host in self._hosts or host == "localhost":
+            return True
+        try:
+            ipaddress.ip_address(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
+        except ValueError:
+            return False
+        return True
+
+
+def _is_cross_site(head: Head) -> bool:
+    """The browser guard (14.4): a page of another site wants to change something."""
+    if any(value.lower() in ("cross-site", "same-site") for value in head.values("sec-fetch-site")):
+        return True
+    if not head.values("origin") or head.method not in ("POST", "PATCH"):
+        return False
+    kinds = head.values("content-type")
+    return not kinds or any(kind.partition(";")[0].strip().lower() != "application/json" for kind in kinds)
+
+
+class Cached(Generic[_T]):
+    """The last value of `build`, shared for `ttl_s` seconds; one build at a time, everybody who waits gets its value.
+
+    What `keep` refuses is handed to those who wait, and not kept.
+    """
+
+    def __init__(self, build: Callable[[], _T], ttl_s: float, keep: Callable[[_T], bool] = lambda value: True) -> None:
+        self._build, self._ttl_s, self._keep = build, ttl_s, keep
+        self._lock = threading.Lock()
+        self._builds = 0
+        self._value: list[_T] = []
+        self._until = -math.inf                # monotonic seconds
+
+    def get(self) -> tuple[_T, bool]:
+        """The value, and whether it was there already."""
+        seen = self._builds
+        with self._lock:
+            if self._value and (self._builds != seen or time.monotonic() < self._until):
+                return self._value[0], True
+            value = self._build()
+            self._builds += 1
+            self._value = [value]
+            self._until = time.monotonic() + self._ttl_s if self._keep(value) else -math.inf
+            return value, False
+
+
+class Events:
+    """Ring of what the control plane did; record() may be called from any thread."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._ring: collections.deque[tuple[int, int, str, str]] = collections.deque(maxlen=capacity)
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+
+    def record(self, kind: str, context: str) -> None:
+        """One event; a long context is cut."""
+        context = context.encode("utf-8", "replace")[:_CONTEXT_MAX].decode("utf-8", "ignore")
+        with self._lock:
+            self._ring.append((next(self._numbers), int(time.time()), kind, context))
+
+    def view(self, limit: int) -> JsonObject:
+        """`data` of runtime/events/recent: the last `limit`, oldest first."""
+        with self._lock:
+            rows = list(self._ring)
+        dropped = rows[0][0] - 1 if rows else 0
+        return {"capacity": self.capacity, "dropped_total": dropped, "events": [
+            {"seq": seq, "ts_epoch_secs": at, "event_type": kind, "context": context} for seq, at, kind, context in rows[-limit:]]}
+
+
+class Minimal(NamedTuple):
+    """What the loop tells for 9.5 to 9.7; pool None: there is none, path None: no answer in time."""
+
+    pool: PoolSnapshot | None
+    path: list[JsonObject] | None
+    now_s: int
+
+
+def breathe(number: int) -> None:
+    """Between two items of a long list: let the data plane have the interpreter now and then."""
+    if number % _SLICE == _SLICE - 1:
+        time.sleep(0)
+
+
+class Desk:
+    """The handlers of all reads: one method per name in ROUTES; returns `data` as JSON."""
+
+    def __init__(self, port: ControlPort, revision: Callable[[], str]) -> None:
+        self.port, self._revision = port, revision
+        self.api = api = port.settings.server.api          # frozen at start (api.md 1)
+        self.events = Events(api.runtime_edge_events_capacity)
+        self._minimal = Cached(self._build_minimal, api.minimal_runtime_cache_ttl_ms / 1000, lambda found: found.pool is not None)
+        self._load = Cached(self._build_load, api.runtime_edge_cache_ttl_ms / 1000, lambda found: found is not None)
+        self._openapi = functools.cache(lambda: dump_json(make_openapi(port.version)))
+
+    # -- the data plane
+
+    def _ask(self, build: Callable[[], _T]) -> _T | None:
+        """What the loop makes of `build`; None when it does not answer in time."""
+        try:
+            return self.port.ask(build, _ASK_S)
+        except TimeoutError:
+            return None
+
+    def _build_minimal(self) -> Minimal:
+        sources = self.port.sources
+        pool = sources.pool if self.port.settings.general.use_middle_proxy else None
+        found = self._ask(lambda: (pool() if pool else None, sources.path() if sources.path else []))
+        return Minimal(found[0] if found else None, found[1] if found else None, int(time.time()))
+
+    def _minimal_now(self) -> Minimal:
+        return self._minimal.get()[0]
+
+    def _upstream_rows(self) -> list[JsonObject] | None:
+        rows = self.port.sources.upstreams
+        return self._ask(rows) if rows else None
+
+    def _uptime_s(self) -> float:
+        return time.monotonic() - self.port.started_at
+
+    @property
+    def _minimal_off(self) -> bool:
+        return not self.api.minimal_runtime_enabled
+
+    # -- plain integers
+
+    def get_health(self) -> str:
+        return dump_json({"status": "ok", "read_only": self.api.read_only})
+
+    def get_summary(self) -> str:
+        counters = self.port.counters
+        return dump_json(view_head(counters, self._uptime_s(), len(self.port.settings.access.users)) | view_refusals(counters))
+
+    def get_zero_all(self) -> str:
+        settings = self.port.settings
+        return dump_json(view_zero_all(self.port.counters, settings.general.telemetry, self._uptime_s(), len(settings.access.users),
+                                       int(time.time())))
+
+    def get_system_info(self) -> str:
+        sources, uptime = self.port.sources, os.uname()
+        found = {"version": self.port.version, "target_arch": uptime.machine, "target_os": "linux", "build_profile": "release",
+                 "process_started_at_epoch_secs": int(self.port.started_wall), "uptime_seconds": self._uptime_s(),
+                 "config_path": self.port.config_path, "config_hash": self._revision(), "config_reload_count": sources.reloads}
+        if sources.reloaded_wall:
+            found["last_config_reload_epoch_secs"] = int(sources.reloaded_wall)
+        return dump_json(found)
+
+    def get_limits(self) -> str:
+        return dump_json(view_limits(self.port.settings))
+
+    def get_posture(self) -> str:
+        return dump_json(view_posture(self.port.settings, self.api))
+
+    def get_whitelist(self) -> str:
+        return dump_json(view_whitelist(self.api, int(time.time())))
+
+    def get_openapi(self) -> str:
+        return self._openapi()
+
+    # -- users
+
+    def get_users(self) -> str:
+        access, rows = self.port.settings.access, []
+        for number, name in enumerate(sorted(access.users)):
+            rows.append(self._user_json(name, access))
+            breathe(number)
+        return f"[{','.join(rows)}]"
+
+    def get_user(self, name: str) -> str:
+        access = self.port.settings.access
+        if name not in access.users:
+            raise not_found("User not found")
+        return self._user_json(name, access)
+
+    def _user_json(self, name: str, access: Access) -> str:
+        settings = self.port.settings
+        links = view_links(self.port.links(name), settings.censorship.tls_domain)
+        return dump_json(view_user(name, access, self.port.users.get(name), links, settings.general.telemetry.user_enabled,
+                                   time.monotonic()))
+
+    def get_active_ips(self) -> str:
+        return dump_json(view_active_ips(self.port.users.values()))
+
+    def get_quotas(self) -> str:
+        return dump_json(view_quotas(self.port.settings.access, self.port.users))
+
+    # -- snapshots
+
+    def get_upstreams(self) -> str:
+        rows = None if self._minimal_off else self._upstream_rows()
+        reason = FEATURE_DISABLED if self._minimal_off else SOURCE_UNAVAILABLE if rows is None else ""
+        return dump_json(view_upstreams(self.port.counters, rows, reason, int(time.time())))
+
+    def get_minimal_all(self) -> str:
+        if self._minimal_off:
+            return dump_json(view_gated(None, FEATURE_DISABLED, int(time.time())))
+        found = self._minimal_now()
+        return dump_json(view_minimal_all(found.pool, found.path or [], self.port.settings.general, found.now_s))
+
+    def get_me_writers(self) -> str:
+        return self._pool_view(view_me_writers)
+
+    def get_dcs(self) -> str:
+        return self._pool_view(view_dcs)
+
+    def _pool_view(self, view: Callable[[PoolSnapshot | None, str, int], JsonObject]) -> str:
+        if self._minimal_off:
+            return dump_json(view(None, FEATURE_DISABLED, int(time.time())))
+        found = self._minimal_now()
+        return dump_json(view(found.pool, SOURCE_UNAVAILABLE, found.now_s))
+
+    def get_pool_state(self) -> str:
+        return self._pool_block(lambda pool: view_pool_state(pool, self.port.settings.general))
+
+    def get_me_quality(self) -> str:
+        return self._pool_block(lambda pool: view_me_quality(pool, self.port.counters.me))
+
+    def _pool_block(self, view: Callable[[PoolSnapshot], JsonObject]) -> str:
+        if self._minimal_off:
+            return dump_json(view_gated(None, FEATURE_DISABLED, int(time.time())))
+        found = self._minimal_now()
+        return dump_json(view_gated(view(found.pool) if found.pool else None, SOURCE_UNAVAILABLE, found.now_s))
+
+    def get_upstream_quality(self) -> str:
+        rows = None if self._minimal_off else self._upstream_rows()
+        reason = FEATURE_DISABLED if self._minimal_off else SOURCE_UNAVAILABLE if rows is None else ""
+        return dump_json(view_upstream_quality(self.port.counters, self.port.settings.general, rows, reason, int(time.time())))
+
+    def get_nat_stun(self) -> str:
+        nat = self.port.sources.nat if self.port.settings.general.use_middle_proxy else None
+        data = self._ask(nat) if nat and not self._minimal_off else None
+        return dump_json(view_gated(data, FEATURE_DISABLED if self._minimal_off else SOURCE_UNAVAILABLE, int(time.time())))
+
+    def get_selftest(self) -> str:
+        return dump_json(view_gated(None, SOURCE_UNAVAILABLE, int(time.time())))
+
+    def get_gates(self) -> str:
+        sources, general = self.port.sources, self.port.settings.general
+        route = self._ask(sources.route) if general.use_middle_proxy and sources.route else None
+        return dump_json(view_gates(general, route, sources.stage, sources.accepting,
+                                    self.port.counters.me.totals["fallback_sessions_total"]))
+
+    def is_ready(self) -> tuple[bool, str]:
+        """Fit for clients, and health/ready."""
+        rows = self._upstream_rows() or []
+        found = view_ready(self.port.sources.accepting, sum(row["healthy"] for row in rows), len(rows))
+        return found["ready"], dump_json(found)
+
+    # -- the edge of the runtime
+
+    def _build_load(self) -> JsonObject | None:
+        settings = self.port.settings
+        middle = 0
+        if settings.general.use_middle_proxy and self.port.sources.pool:
+            pool = self._ask(self.port.sources.pool)
+            if pool is None:
+                return None
+            middle = sum(writer.bound_clients for writer in pool.writers)
+        counted, users = settings.general.telemetry.user_enabled, []
+        for number, user in enumerate(list(self.port.users.values())):
+            octets = user.stats.octets_from_client + user.stats.octets_to_client
+            if octets or user.stats.current:
+                users.append(UserLoad(user.name, user.stats.current if counted else 0, octets))
+            breathe(number)
+        return view_connections(users, middle, self.api.runtime_edge_top_n, counted, self.api.runtime_edge_cache_ttl_ms)
+
+    def get_connections(self) -> str:
+        now_s = int(time.time())
+        if not self.api.runtime_edge_enabled:
+            return dump_json(view_gated(None, FEATURE_DISABLED, now_s))
+        data, cached = self._load.get()
+        if data is not None:
+            data = data | {"cache": data["cache"] | {"served_from_cache": cached}}
+        return dump_json(view_gated(data, SOURCE_UNAVAILABLE, now_s, enabled=True))
+
+    def get_events(self, limit: int) -> str:
+        data = self.events.view(limit) if self.api.runtime_edge_enabled else None
+        return dump_json(view_gated(data, FEATURE_DISABLED, int(time.time())))
+
+
+class ControlApi:
+    """The site of [server.api]: gates, routing, mutations."""
+
+    def __init__(self, port: ControlPort, store: Store) -> None:
+        self._port, self._store = port, store
+        self._api = port.settings.server.api
+        self._guard = Guard(self._api)
+        self.desk = Desk(port, store.revision)
+        self._numbers = itertools.count(1)
+
+    def admits(self, peer: str) -> bool:
+        """Everybody gets an answer; gate 2 says which."""
+        return True
+
+    def answer(self, request: Request) -> Answer:
+        """Answer one request; never raises."""
+        number = next(self._numbers)
+        try:
+            return self._answer(request)
+        except ApiError as error:
+            return self._refusal(error, number)
+        except Exception:
+            self._port.log.error("internal error in %s %s\n%s", request.head.method, ascii(request.head.target)[1:200],
+                                 traceback.format_exc())
+            return self._refusal(internal_error(), number)
+
+    def refuse(self, error: ApiError, peer: str) -> Answer:
+        """Answer bytes that are no request (gate 0)."""
+        return self._refusal(error, next(self._numbers))
+
+    def _refusal(self, error: ApiError, number: int) -> Answer:
+        fields = (*_FIELDS, _ALLOW) if error.status == 405 else _FIELDS
+        source = error.message == "Source IP is not allowed"             # a stranger does not keep a place
+        return Answer(error.status, JSON_TYPE, [error_body(error, number)], fields, close=source or error.status == 408)
+
+    def _answer(self, request: Request) -> Answer:
+        head = request.head
+        self._guard.check(head, request.peer)
+        route, name = find_route(head.method, path_of(head.target))
+        if route.action:
+            return self._change(route, name, request)
+        if not route.data:
+            return Answer(200, JSON_TYPE, [self.desk.get_openapi().encode()], _FIELDS)
+        revision = self._store.revision()
+        status = 200
+        if route.name == "get_ready":
+            ready, data = self.desk.is_ready()
+            status = 200 if ready else 503
+        elif route.name == "get_user":
+            data = self.desk.get_user(name)
+        elif route.name == "get_events":
+            data = self.desk.get_events(events_limit(head.target))
+        else:
+            data = getattr(self.desk, route.name)()
+        return Answer(status, JSON_TYPE, [success_body(data, revision)], _FIELDS)
+
+    def _change(self, route: Route, name: str, request: Request) -> Answer:
+        """Gates 6 to 14, then the view of what is live now."""
+        if self._api.read_only:
+            raise ApiError(403, "read_only", "API runs in read-only mode")
+        wanted = wanted_revision(request.head.values("if-match"))
+        body = request.body(self._api.request_body_limit_bytes) if route.body else b""
+        kind = f"api.user.{route.action}"
+        try:
+            outcome = self._store.apply(parse_command(route.action, name, body), wanted)
+        except ApiError as error:
+            self._note(f"{kind}.failed", f"username={name} code={error.code}" if name else f"code={error.code}")
+            raise
+        self._note(f"{kind}.ok", f"username={outcome.username}")
+        return Answer(route.status, JSON_TYPE, [success_body(self._changed(route, outcome), outcome.revision)], _FIELDS)
+
+    def _changed(self, route: Route, outcome: Outcome) -> str:
+        """`data` after a mutation."""
+        name = outcome.username
+        if route.action == "delete":
+            return dump_json(name)
+        if route.action == "reset_quota":
+            return dump_json({"username": name, "used_bytes": 0, "last_reset_epoch_secs": outcome.reset_wall})
+        try:
+            found = self.desk.get_user(name)
+        except ApiError:
+            raise internal_error("failed to build updated user view") from None
+        return f'{{"user":{found},"secret":{dump_json(outcome.secret)}}}' if route.data == "CreateUserResponse" else found
+
+    def _note(self, kind: str, context: str) -> None:
+        if self._api.runtime_edge_enabled:
+            self.desk.events.record(kind, context)
+
+
+class MetricsSite:
+    """The site of /metrics and /beobachten."""
+
+    def __init__(self, port: ControlPort) -> None:
+        self._port = port
+        self._whitelist = Whitelist(port.settings.server.metrics_whitelist)
+        self._warned = False
+
+    def admits(self, peer: str) -> bool:
+        """Others are closed without a byte."""
+        return self._whitelist.admits(peer)
+
+    def refuse(self, error: ApiError, peer: str) -> Answer:
+        """Answer bytes that are no request."""
+        return Answer(error.status, _TEXT, [f"{error.message}\n".encode()], close=True)
+
+    def answer(self, request: Request) -> Answer:
+        """Answer one request; never raises."""
+        path = re.split("[?#]", request.head.target, maxsplit=1)[0]
+        if request.head.method not in ("GET", "HEAD"):
+            return Answer(405, _TEXT, [b"Method Not Allowed\n"], (("Allow", "GET, HEAD"),))
+        try:
+            if path == "/metrics":
+                return Answer(200, METRICS_TYPE, self._metrics())
+            if path == "/beobachten":
+                return self._beobachten()
+        except Exception:
+            self._port.log.error("internal error in %s\n%s", path, traceback.format_exc())
+            return Answer(500, _TEXT, [b"internal error\n"])
+        return Answer(404, _TEXT, [b"Not Found\n"])
+
+    def _metrics(self) -> list[bytes]:
+        settings, users = self._port.settings, self._port.users
+        facts = Facts(self._port.counters, settings.general.telemetry, settings.general.me_floor_mode,
+                      sorted(users.values(), key=lambda user: user.name), settings.access.user_max_unique_ips,
+                      time.monotonic() - self._port.started_at, time.monotonic(), self._port.version)
+        if len(users) > SERIES_USERS_MAX and not self._warned:
+            self._warned = True
+            self._port.log.warn("Metrics show the first %d users by name only", SERIES_USERS_MAX)
+        found = []
+        for piece in render_metrics(facts):
+            found.append(piece.encode("utf-8", "replace"))
+            time.sleep(0)
+        return found
+
+    def _beobachten(self) -> Answer:
+        page = self._port.sources.beobachten
+        if not self._port.settings.general.beobachten:
+            return Answer(200, _TEXT, [b"beobachten disabled\n"])
+        try:
+            return Answer(200, _TEXT, [(self._port.ask(page, _ASK_S) if page else "empty\n").encode("utf-8", "replace")])
+        except TimeoutError:
+            return Answer(503, _TEXT, [b"the data plane is busy\n"])
+
+
+def metrics_addresses(server: ServerSettings) -> list[tuple[str, int]]:
+    """Where the metrics are served: as configured, on loopback if only loopback may read them, else everywhere (metrics.md 1)."""
+    if server.metrics_listen:
+        return [parse_address(server.metrics_listen)]
+    if server.metrics_port is None:
+        return []
+    inside = [network.subnet_of(_LOOPBACK_V4) if isinstance(network, ipaddress.IPv4Network) else network == _LOOPBACK_V6
+              for network in map(_plain_network, server.metrics_whitelist)]
+    if inside and all(inside):
+        return [("127.0.0.1", server.metrics_port), ("::1", server.metrics_port)]
+    return [("0.0.0.0", server.metrics_port)]
+
+
+_LOOPBACK_V4: Final = ipaddress.IPv4Network("127.0.0.0/8")
+_LOOPBACK_V6: Final = ipaddress.IPv6Network("::1/128")
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """(host, port) of IP:PORT, which the settings have checked."""
+    host, _, port = text.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def warn_about(port: ControlPort) -> None:
+    """Start-up warnings of api.md 14.3."""
+    api = port.settings.server.api
+    host, _ = parse_address(api.listen)
+    if not api.whitelist and not ipaddress.ip_address(host).is_loopback:
+        if not api.auth_header:
+            port.log.warn("server.api: whitelist is empty and auth_header is not set: anybody who reaches %s can read and change "
+                          "everything", api.listen)
+        if api.ui:
+            port.log.warn("server.api: whitelist is empty: anybody who reaches %s sees the status page, without data", api.listen)
+    with contextlib.suppress(OSError):
+        if os.stat(port.config_path).st_mode & 0o022:
+            port.log.warn("%s can be changed by group or others: it holds every secret", port.config_path)
 
 
 def start(port: ControlPort) -> Callable[[], None]:
     """Open what the configuration asks for; returns what closes it again, within a second."""
-    port.log.warn("control plane not started: the HTTP listener is not part of this version")
-    return lambda: None
+    server = port.settings.server
+    sys.setswitchinterval(_SWITCH_S)
+    listeners: list[Listener] = []
+    store: Store | None = None
+    where = parse_address(server.api.listen)
+    if server.api.enabled and where[1]:
+        warn_about(port)
+        store = Store(port)
+        site = ControlApi(port, store)
+        if server.api.runtime_edge_enabled:
+            port.sources.on_event = site.desk.events.record
+        listeners.append(Listener(where, API_PLACES, site, port.log, "Failed to bind API listener"))
+        listeners[0].start(lambda at: port.log.info("API endpoint: http://%s/v1/*", _at(*at)))
+    metrics = MetricsSite(port)
+    for address in metrics_addresses(server):
+        listener = Listener(address, METRICS_PLACES, metrics, port.log, f"Failed to bind metrics on {_at(*address)}")
+        listener.start(lambda at: port.log.info("Metrics endpoint: http://%s/metrics and /beobachten", _at(*at)))
+        listeners.append(listener)
+
+    def stop() -> None:
+        port.sources.on_event = None
+        for listener in listeners:
+            listener.stop()
+        if store is not None:
+            store.close(_STOP_S)
+    return stop
 
 
 # == 10. qr ==================================================================
