@@ -9209,6 +9209,7 @@ class Server:
         self.masks = Masks(loop, self.arena, self.resolver, Observer(loop, settings), self.places.cap, self.ended)
         self.fronts = FrontProfiles(settings, loop, functools.partial(backend.x25519_public, os.urandom), os.urandom, self._dial_mask)
         self.sources.beobachten = self.masks.observer.text
+        self.sources.upstreams, self.sources.path = self.upstreams.rows, self.upstreams.network_path
         self.sweep = Sweep(loop)
 
     def _dial_mask(self, settings: Settings, done: Callable[[Stream | RouteError], None]) -> MaskDial:

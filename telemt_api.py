@@ -6,7 +6,7 @@ that no HTTP client, slow or hostile, holds up a session.  telemt.py runs as `__
 second time, so its names appear in annotations only.
 
    1  envelope    pure  <- -               answers: ApiError, JSON out and in, revision and If-Match; ControlPort
-   2  views       pure  <- -               what the data plane knows -> `data` of an answer
+   2  views       pure  <- 1               what the data plane knows -> `data` of an answer
    3  metrics     pure  <- 2               the Prometheus page
    4  commands    pure  <- 1               what a mutating request wants
    5  tomledit    pure  <- 4               single entries of [access.*] changed in the text, everything else kept
@@ -452,19 +452,40 @@ def view_links(links: Iterable[Link], primary: str) -> JsonObject:
     return found
 
 
-def view_user(name: str, access: Access, user: User | None, links: JsonObject, counted: bool, now: float) -> JsonObject:
-    """UserInfo; user: what it uses now, None before it is live; counted: general.telemetry.user_enabled; now: monotonic seconds."""
+class UserFrame(NamedTuple):
+    """JSON of a user as far as it follows from the configuration; what the user does goes between."""
+
+    before: str
+    between: str
+
+
+def frame_user(name: str, access: Access, links: JsonObject) -> UserFrame:
+    """The lasting part of UserInfo (9.8): made once per configuration, because a panel asks for a thousand of them every second."""
     until = access.user_expirations.get(name)
-    ips = sorted_ips(list(user.ips)) if user else []
-    recent = sorted_ips(user.recent_ips(now)) if user else []
-    up, down = (user.stats.octets_from_client, user.stats.octets_to_client) if user else (0, 0)
-    return {"username": name, "user_ad_tag": access.user_ad_tags.get(name), "max_tcp_conns": access.user_max_tcp_conns.get(name),
-            "expiration_rfc3339": None if until is None else format_time(until), "data_quota_bytes": access.user_data_quota.get(name),
-            "max_unique_ips": access.user_max_unique_ips.get(name),
-            "current_connections": user.stats.current if user and counted else 0, "active_unique_ips": len(ips),
-            "total_octets": up + down, "links": links, "enabled": access.user_enabled.get(name, True), "in_runtime": True,
-            "active_unique_ips_list": ips, "recent_unique_ips": len(recent), "recent_unique_ips_list": recent,
-            "octets_from_client": up, "octets_to_client": down, "quota_used_bytes": user.used if user else 0}
+    limits = {"username": name, "user_ad_tag": access.user_ad_tags.get(name), "max_tcp_conns": access.user_max_tcp_conns.get(name),
+              "expiration_rfc3339": None if until is None else format_time(until), "data_quota_bytes": access.user_data_quota.get(name),
+              "max_unique_ips": access.user_max_unique_ips.get(name)}
+    switches = {"links": links, "enabled": access.user_enabled.get(name, True), "in_runtime": True}
+    return UserFrame(dump_json(limits)[:-1], dump_json(switches)[1:-1])
+
+
+def render_user(frame: UserFrame, user: User | None, counted: bool, now: float) -> str:
+    """UserInfo as JSON; user: what it uses now, None before it is live.
+
+    counted: general.telemetry.user_enabled; now: monotonic seconds.
+    """
+    current = up = down = used = 0
+    ips: list[str] = []
+    recent: list[str] = []
+    if user is not None:
+        stats = user.stats
+        current, up, down, used = stats.current if counted else 0, stats.octets_from_client, stats.octets_to_client, user.used
+        if user.ips or user.recent:
+            ips, recent = sorted_ips(list(user.ips)), sorted_ips(user.recent_ips(now))
+    return (f'{frame.before},"current_connections":{current},"active_unique_ips":{len(ips)},"total_octets":{up + down},{frame.between}'
+            f',"active_unique_ips_list":{dump_json(ips) if ips else "[]"},"recent_unique_ips":{len(recent)}'
+            f',"recent_unique_ips_list":{dump_json(recent) if recent else "[]"},"octets_from_client":{up},"octets_to_client":{down}'
+            f',"quota_used_bytes":{used}}}')
 
 
 def view_active_ips(users: Iterable[User]) -> list[JsonObject]:
@@ -2570,6 +2591,7 @@ METRICS_PLACES: Final = 32
 _ASK_S: Final = 0.5                      # what the data plane gets for a snapshot
 _STOP_S: Final = 1.0                     # what a change that is being written gets when we stop
 _SLICE: Final = 25                       # users between two pauses
+_FRAMES_S: Final = 5.0                   # how long the lasting part of a user is kept
 _SWITCH_S: Final = 0.0005                # how long a thread here may keep the interpreter from the loop
 _TEXT: Final = "text/plain; charset=utf-8"
 _FIELDS: Final = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"))
@@ -2720,6 +2742,7 @@ class Desk:
         self.events = Events(api.runtime_edge_events_capacity)
         self._minimal = Cached(self._build_minimal, api.minimal_runtime_cache_ttl_ms / 1000, lambda found: found.pool is not None)
         self._load = Cached(self._build_load, api.runtime_edge_cache_ttl_ms / 1000, lambda found: found is not None)
+        self._frames: tuple[Settings, float, dict[str, UserFrame]] = (port.settings, -math.inf, {})
         self._openapi = functools.cache(lambda: dump_json(make_openapi(port.version)))
 
     # -- the data plane
@@ -2789,23 +2812,35 @@ class Desk:
     # -- users
 
     def get_users(self) -> str:
-        access, rows = self.port.settings.access, []
-        for number, name in enumerate(sorted(access.users)):
-            rows.append(self._user_json(name, access))
+        settings, users, rows = self.port.settings, self.port.users, []
+        counted, now = settings.general.telemetry.user_enabled, time.monotonic()
+        frames = self._frames_of(settings)
+        for number, name in enumerate(sorted(settings.access.users)):
+            rows.append(render_user(self._frame(frames, name, settings), users.get(name), counted, now))
             breathe(number)
         return f"[{','.join(rows)}]"
 
     def get_user(self, name: str) -> str:
-        access = self.port.settings.access
-        if name not in access.users:
-            raise not_found("User not found")
-        return self._user_json(name, access)
-
-    def _user_json(self, name: str, access: Access) -> str:
         settings = self.port.settings
-        links = view_links(self.port.links(name), settings.censorship.tls_domain)
-        return dump_json(view_user(name, access, self.port.users.get(name), links, settings.general.telemetry.user_enabled,
-                                   time.monotonic()))
+        if name not in settings.access.users:
+            raise not_found("User not found")
+        frame = self._frame(self._frames_of(settings), name, settings)
+        return render_user(frame, self.port.users.get(name), settings.general.telemetry.user_enabled, time.monotonic())
+
+    def _frames_of(self, settings: Settings) -> dict[str, UserFrame]:
+        """Where the frames of this configuration are kept, for some seconds: an address that is detected later changes the links."""
+        known, until, frames = self._frames
+        if known is not settings or time.monotonic() > until:
+            frames = {}
+            self._frames = (settings, time.monotonic() + _FRAMES_S, frames)
+        return frames
+
+    def _frame(self, frames: dict[str, UserFrame], name: str, settings: Settings) -> UserFrame:
+        frame = frames.get(name)
+        if frame is None:
+            links = view_links(self.port.links(name), settings.censorship.tls_domain)
+            frame = frames[name] = frame_user(name, settings.access, links)
+        return frame
 
     def get_active_ips(self) -> str:
         return dump_json(view_active_ips(self.port.users.values()))

@@ -166,11 +166,16 @@ ADDITIVE = ("enabled", "in_runtime", "active_unique_ips_list", "recent_unique_ip
             "octets_to_client", "quota_used_bytes")
 
 
+def user_info(name: str, user: User | None, links: dict[str, Any], counted: bool) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(api.render_user(api.frame_user(name, settings_of(ACCESS).access, links), user, counted, 100.0))
+    return found
+
+
 def test_a_user() -> None:
     user = busy_user()
     del user.ips["2001:db8::2"]
     links = example("/v1/users")[0]["links"]
-    found = api.view_user("alice", settings_of(ACCESS).access, user, links, True, 100.0)
+    found = user_info("alice", user, links, True)
     same(without(found, *ADDITIVE), example("/v1/users")[0])
     assert list(found)[-len(ADDITIVE):] == list(ADDITIVE)
     same({name: found[name] for name in ADDITIVE}, {
@@ -181,12 +186,12 @@ def test_a_user() -> None:
 
 
 def test_a_user_that_is_not_counted() -> None:
-    found = api.view_user("alice", settings_of(ACCESS).access, busy_user(), {}, False, 100.0)
+    found = user_info("alice", busy_user(), {}, False)
     assert (found["current_connections"], found["total_octets"], found["active_unique_ips"]) == (0, 734003200, 3)
 
 
 def test_a_user_that_is_not_live_yet() -> None:
-    found = api.view_user("bob", settings_of(ACCESS).access, None, {}, True, 100.0)
+    found = user_info("bob", None, {}, True)
     assert (found["current_connections"], found["total_octets"], found["quota_used_bytes"]) == (0, 0, 0)
 
 
