@@ -5587,7 +5587,7 @@ class Arena:
     pending: `general.crypto_pending_buffer`: after a sink was too slow, one read brings no more than this, so neither does a
     queue.  Only the read that finds out may be larger, up to a megabyte: it grew to that because everything before it was
     taken at once.  When such queues hold 16 MiB together, no read is larger any more.
-    paths: words of TELEMT_PATHS, the test hook that forces fallbacks: `no-splice`, `no-scatter`.
+    paths: words of TELEMT_PATHS, the test hook that forces fallbacks: `no-splice`, `no-scatter`; `quick-checks` is for room 15.
     """
 
     def __init__(self, backend: Backend, pending: int = 262_144, paths: Container[str] = ()) -> None:
@@ -6617,6 +6617,13 @@ _UNKNOWN_DCS_MAX: Final = 1024                 # indices remembered and logged p
 _EMA_NEW: Final = 0.3                          # weight of a new latency sample
 _INTERFACE_KEPT_S: Final = 10.0                # addresses of an interface are looked up this often at most
 _SILENT_PART: Final = 4                        # an attempt that took a quarter of its time is silent
+CHECK_EVERY_S: Final = 30.0                   # pause between two checks of a route
+_CHECK_S: Final = 10.0                         # one attempt of a check
+_CHECK_SOCKETS: Final = 16                     # at a time, over all routes (D12)
+_GROUPS_NEEDED: Final = 3                      # data centres that a healthy route reaches, or all if there are fewer
+_PING_S: Final = 5.0                           # one attempt of the table after the start
+_PING_SOCKETS: Final = 64
+_RULE: Final = "=" * 60
 
 
 Target: TypeAlias = "tuple[str, int]"          # IP without brackets, port
@@ -6820,6 +6827,17 @@ class Route:
             found = to.targets(self.families._replace(ipv4=True, ipv6=False, prefer_v6=False))
             return [target for target in found if ":" not in target[0]]
         return to.targets(self.families, self.paths[to.slot].label() if to.slot else "unknown")
+
+    def carries(self, v6: bool) -> bool:
+        """True if it may be used for addresses of this family."""
+        return (self.families.ipv6 and self.kind != "socks4") if v6 else self.families.ipv4 or self.kind == "socks4"
+
+    def rule_out(self, path: Path) -> None:
+        """Families it may not use do not work (D3)."""
+        if not self.carries(False):
+            path.works_v4 = False
+        if not self.carries(True):
+            path.works_v6 = False
 
     def dialogue(self, target: Target, scope: str) -> Dialogue | None:
         """What to say to the SOCKS server, None for a direct way.  A scope replaces the credentials (7.2).  Raises RouteError."""
@@ -7210,13 +7228,264 @@ class Cycle:
             self._up.loop.call(done, result)
 
 
+# -- is it alive
+
+class Gate:
+    """Lets at most `limit` jobs run at a time; the others wait in line."""
+
+    def __init__(self, limit: int) -> None:
+        self._free = limit
+        self._line: collections.deque[Callable[[], None]] = collections.deque()
+
+    def enter(self, job: Callable[[], None]) -> None:
+        """Start `job`, now or when a place is free; whatever it began calls leave() once."""
+        if self._free:
+            self._free -= 1
+            job()
+        else:
+            self._line.append(job)
+
+    def leave(self) -> None:
+        """A job is over."""
+        if self._line:
+            self._line.popleft()()
+        else:
+            self._free += 1
+
+
+def is_listed(target: Target, dc: int) -> bool:
+    """True if `target` is what DC_TABLE has for `dc`."""
+    return target[1] == DC_PORT and target[0] in DC_TABLE.get(dc, ())
+
+
+def positive_overrides(settings: Settings, complain: Callable[..., None], zero_too: bool) -> list[tuple[int, Target]]:
+    """(dc, address) of every override whose key is a positive index, ascending (2.3).  zero_too: other numbers are complained about too."""
+    found: dict[int, list[Target]] = {}
+    for name in settings.dc_overrides:
+        dc = int(name) if re.fullmatch(r"[+-]?[0-9]{1,8}", name) else None
+        if dc is not None and 0 < dc < 1 << 15:
+            found.setdefault(dc, []).extend(DcDirectory.overrides(name, settings, complain))
+        elif zero_too or dc is None:
+            complain("Invalid dc_overrides key%s, skipping", " for health-check" if zero_too else "", key=name)
+    return [(dc, target) for dc in sorted(found) for target in dict.fromkeys(found[dc])]
+
+
+class GroupCheck:
+    """Whether a route reaches one data centre: its addresses one after the other until one answers."""
+
+    __slots__ = ("_health", "_route", "dc", "_line", "_done")
+
+    def __init__(self, health: Health, route: Route, dc: int, line: list[Target], done: Callable[[bool], None]) -> None:
+        self._health, self._route, self.dc, self._line, self._done = health, route, dc, line, done
+        health.gate.enter(self._next)
+
+    def _next(self) -> None:
+        tokens = self._route.scope_tokens()
+        Passage(self._route, self._line.pop(0), tokens[0] if tokens else "", self._health.deadlines, self._on_passage)
+
+    def _on_passage(self, passage: Passage, result: Connected | RouteError) -> None:
+        works = isinstance(result, Connected)
+        path = self._route.paths.get(self.dc)
+        if isinstance(result, Connected):
+            result.stream.close()
+            self._health.worked(self._route, self.dc, passage.target)
+        if path is not None and works:
+            path.feed(passage.took_ms)
+        if path is not None and is_listed(passage.target, self.dc):
+            path.note(passage.target, works)
+        if works or not self._line:
+            self._health.gate.leave()
+            self._done(works)
+        else:
+            self._next()
+
+
+class Health:
+    """Asks every way out each half minute whether it still reaches Telegram (7.8).
+
+    A route that is still being asked when the next turn comes is left out of it, so that a dead one holds up nobody.
+    """
+
+    def __init__(self, upstreams: Upstreams, period_s: float) -> None:
+        self._up, self._period_s = upstreams, period_s
+        self.deadlines: Lane[Passage] = upstreams.loop.lane(_CHECK_S, Passage.on_timeout)
+        self.gate = Gate(_CHECK_SOCKETS)
+        self._groups: dict[int, list[Target]] = {}
+        self._start_at: dict[tuple[Route, int, bool], int] = {}      # where in a group's addresses the next check begins
+        self._left: dict[Route, tuple[int, int, int]] = {}           # under way: groups, groups to come, groups reached
+
+    def apply(self, settings: Settings) -> None:
+        """Ask these addresses from the next turn on: table and overrides of every data centre."""
+        groups = {dc: {(ip, DC_PORT) for ip in ips} for dc, ips in DC_TABLE.items()}
+        for dc, target in positive_overrides(settings, log_upstreams.warn, True):
+            groups.setdefault(dc, set()).add(target)
+        self._groups = {dc: sorted(targets, key=_address_order) for dc, targets in sorted(groups.items())}
+
+    def start(self) -> None:
+        """Check for ever, first after a pause."""
+        if self._up.routes:
+            self._up.loop.call_later(self._period_s, self._on_timer)
+
+    def worked(self, route: Route, dc: int, target: Target) -> None:
+        """An address answered: the next check of its group begins behind it."""
+        v6 = ":" in target[0]
+        mates = [mate for mate in self._groups.get(dc, ()) if (":" in mate[0]) == v6]
+        if target in mates:
+            self._start_at[route, dc, v6] = mates.index(target) + 1
+
+    def _on_timer(self) -> None:
+        self._up.loop.call_later(self._period_s, self._on_timer)
+        for route in self._up.routes:
+            if route not in self._left:
+                self._check(route)
+
+    def _check(self, route: Route) -> None:
+        lines = {dc: line for dc in self._groups if (line := self._line(route, dc))}
+        self._left[route] = len(lines), len(lines), 0
+        for path in route.paths.values():
+            route.rule_out(path)
+        for dc, line in lines.items():
+            GroupCheck(self, route, dc, line, functools.partial(self._on_group, route))
+
+    def _line(self, route: Route, dc: int) -> list[Target]:
+        """Addresses of a group in the order to ask them: preferred family first, each from where its turn is."""
+        line: list[Target] = []
+        for v6 in (route.families.prefer_v6, not route.families.prefer_v6):
+            mates = [target for target in self._groups[dc] if (":" in target[0]) == v6 and route.carries(v6)]
+            if mates:
+                at = self._start_at.get((route, dc, v6), 0) % len(mates)
+                self._start_at[route, dc, v6] = at + 1
+                line += mates[at:] + mates[:at]
+        return line
+
+    def _on_group(self, route: Route, reached: bool) -> None:
+        groups, left, good = self._left[route]
+        self._left[route] = groups, left - 1, good + reached
+        if left == 1:
+            del self._left[route]
+            self._judge(route, good + reached, min(_GROUPS_NEEDED, groups))
+
+    def _judge(self, route: Route, reachable: int, required: int) -> None:
+        route.checked_at = self._up.loop.now
+        if reachable >= required:
+            if not route.healthy:
+                log_upstreams.info("Upstream recovered by DC-group health threshold", upstream=route.name(), reachable=reachable,
+                                   required=required)
+            route.healthy, route.fails = True, 0
+            return
+        threshold = self._up.general.upstream_unhealthy_fail_threshold
+        route.failed(threshold)
+        (log_upstreams.debug if route.healthy else log_upstreams.warn)(
+            "Upstream unhealthy (insufficient reachable DC groups)" if not route.healthy else "Upstream check failed",
+            upstream=route.name(), fails=route.fails, threshold=threshold, reachable=reachable, required=required)
+
+
+def _address_order(target: Target) -> tuple[int, int, int]:
+    ip = ipaddress.ip_address(target[0])
+    return ip.version, int(ip), target[1]
+
+
+class Ping(NamedTuple):
+    """One line of the connectivity table."""
+
+    dc: int
+    target: Target
+    took_ms: float | None
+    error: str
+
+    def text(self) -> str:
+        """As it is printed (12); the extra colon is 3.2.1's."""
+        end = f"FAIL ({self.error})" if self.took_ms is None else f"{self.took_ms:.0f} ms"
+        ip, port = self.target
+        if ":" in ip:
+            return f"    DC{self.dc} [IPv6] {ip}:{port} - {end}"
+        return f"    DC{self.dc} [IPv4] {ip}:{port}{':' if self.took_ms is None else ''}\t\t\t\t{end}"
+
+
+class Survey:
+    """The connectivity table after the start: every address of every entry is tried once, all in parallel, 5 s each (12, D11)."""
+
+    def __init__(self, upstreams: Upstreams) -> None:
+        self._up = upstreams
+        self._deadlines: Lane[Passage] = upstreams.loop.lane(_PING_S, Passage.on_timeout)
+        self._gate = Gate(_PING_SOCKETS)
+        self._pings: dict[Route, list[Ping | None]] = {}
+        self._left = 0
+
+    def start(self) -> None:
+        """Ask; the table is printed when the last answer is there."""
+        overrides = positive_overrides(self._up.settings, log_upstreams.warn, False)
+        asked = []
+        for route in self._up.routes:
+            wanted = [(dc, (ips[v6], DC_PORT)) for v6 in (True, False) if route.carries(v6) for dc, ips in DC_TABLE.items()]
+            wanted += [(dc, target) for dc, target in overrides if route.carries(":" in target[0])]
+            self._pings[route] = [None] * len(wanted)
+            asked += [(route, index, dc, target) for index, (dc, target) in enumerate(wanted)]
+        self._left = len(asked)
+        for row in asked:
+            self._gate.enter(functools.partial(self._ask, *row))
+
+    def _ask(self, route: Route, index: int, dc: int, target: Target) -> None:
+        tokens = route.scope_tokens()
+        Passage(route, target, tokens[0] if tokens else "", self._deadlines, functools.partial(self._on_passage, index, dc))
+
+    def _on_passage(self, index: int, dc: int, passage: Passage, result: Connected | RouteError) -> None:
+        self._gate.leave()
+        error = "timeout" if str(result).startswith("Connection timeout") else str(result)
+        works = isinstance(result, Connected)
+        if isinstance(result, Connected):
+            result.stream.close()
+        self._pings[passage.route][index] = Ping(dc, passage.target, passage.took_ms if works else None, error)
+        self._left -= 1
+        if not self._left:
+            self._finish()
+
+    def _finish(self) -> None:
+        log_upstreams.info("================= Telegram DC Connectivity =================")
+        for route, found in self._pings.items():
+            pings = [ping for ping in found if ping is not None]
+            self._learn(route, [ping for ping in pings if is_listed(ping.target, ping.dc)])
+            self._print(route, pings)
+
+    @staticmethod
+    def _learn(route: Route, pings: list[Ping]) -> None:
+        """Take over what the addresses of the table said: families that work, and the time of the better one (D6)."""
+        for dc, path in route.paths.items():
+            mine = [ping for ping in pings if ping.dc == dc]
+            route.rule_out(path)
+            for ping in mine:
+                path.note(ping.target, ping.took_ms is not None)
+            times = {":" in ping.target[0]: ping.took_ms for ping in mine if ping.took_ms is not None}
+            if times:
+                path.feed(times.get(route.families.prefer_v6, next(iter(times.values()))))
+
+    @staticmethod
+    def _print(route: Route, pings: list[Ping]) -> None:
+        works = {v6: any(ping.took_ms is not None for ping in pings if (":" in ping.target[0]) == v6) for v6 in (True, False)}
+        first, second = ("IPv6", "IPv4") if route.families.prefer_v6 else ("IPv4", "IPv6")
+        if all(works.values()):
+            log_upstreams.info("  %s in use / %s is fallback", first, second)
+        elif any(works.values()):
+            log_upstreams.info("  IPv6 only / IPv4 unavailable" if works[True] else "  IPv4 only / IPv6 unavailable")
+        else:
+            log_upstreams.info("  No DC connectivity")
+        log_upstreams.info("  via %s", route.name())
+        log_upstreams.info("%s", _RULE)
+        for v6 in (True, False):
+            for ping in pings if works[v6] else ():
+                if (":" in ping.target[0]) == v6:
+                    log_upstreams.info("%s", ping.text())
+            if works[v6]:
+                log_upstreams.info("%s", _RULE)
+
+
 class Upstreams:
     """The ways out, and the connect cycles that use them."""
 
-    def __init__(self, loop: Loop, settings: Settings, counters: Counters, families: Families, names: Resolver) -> None:
+    def __init__(self, loop: Loop, settings: Settings, counters: Counters, families: Families, names: Resolver,
+                 check_every_s: float = CHECK_EVERY_S) -> None:
         self.loop, self.counters = loop, counters
         self.general = settings.general        # upstream_* need a restart
-        self.apply(settings)
         self.directory = DcDirectory(families)
         patience_s = max(1, settings.timeouts.tg_connect)
         self.deadlines: Lane[Passage] = loop.lane(patience_s, Passage.on_timeout)
@@ -7228,6 +7497,9 @@ class Upstreams:
                        for entry in settings.upstreams if entry.enabled]
         for route in self.routes:
             self._examine(route)
+        self.health = Health(self, check_every_s)
+        self.settings = settings
+        self.health.apply(settings)
 
     @staticmethod
     def _examine(route: Route) -> None:
@@ -7239,7 +7511,14 @@ class Upstreams:
 
     def apply(self, settings: Settings) -> None:
         """Take over the hot keys: dc_overrides for the checks; connections bring their own settings."""
+        if settings.dc_overrides != self.settings.dc_overrides:
+            self.health.apply(settings)
         self.settings = settings
+
+    def start(self) -> None:
+        """Begin what runs by itself: the connectivity table now, checks for ever."""
+        Survey(self).start()
+        self.health.start()
 
     # -- choosing
 
@@ -9200,7 +9479,9 @@ class Server:
         self.detected = detect_addresses(settings)
         self.resolver = Resolver(loop)
         self.resolver.overrides = parse_dns_overrides(settings.network.dns_overrides)
-        self.upstreams = Upstreams(loop, settings, self.counters, decide_families(settings.network, *self.detected), self.resolver)
+        self.upstreams = Upstreams(loop, settings, self.counters, decide_families(settings.network, *self.detected), self.resolver,
+                                   1.0 if "quick-checks" in paths else CHECK_EVERY_S)
+        self.sources.upstreams, self.sources.path = self.upstreams.rows, self.upstreams.network_path
         self.half_closed: Lane[DirectRelay] = loop.lane(HALF_CLOSED_S, DirectRelay.on_half_closed_timeout)
         self.places = Places(slot_cap(fd_limit), lambda full: self.sources.event(
             "admission.state", f"accepting={str(not full).lower()} reason=connection_limit"))
@@ -9264,6 +9545,7 @@ class Server:
         self.masks.observer.apply(self.settings)
         self.resolver.overrides = parse_dns_overrides(self.settings.network.dns_overrides)
         self.fronts.apply(self.settings)
+        self.upstreams.apply(self.settings)
         telemetry = self.settings.general.telemetry
         self.counters.gate(telemetry.core_enabled, telemetry.me_level)
         self.count_users = self.settings.general.telemetry.user_enabled
@@ -10892,6 +11174,7 @@ def serve(loaded: Loaded, arguments: Arguments, config_path: str) -> int:
     LogBook.threshold = threshold
     server.masks.observer.flush()
     server.accept()
+    server.upstreams.start()
     gc.collect()
     gc.freeze()                                # what lives as long as the process need not be walked again
     loop.run()

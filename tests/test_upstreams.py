@@ -556,6 +556,187 @@ def test_interface_addresses_are_looked_up_every_ten_seconds(loop, dials, monkey
     assert asked == ["eth7", "eth7"]
 
 
+# -- health checks and the table after the start
+
+
+def answer(loop, dials, a_stream, works):
+    """End every dial under way, and those that follow, as works(target) says; returns the targets in order."""
+    seen = []
+    while fresh := [dial for dial in dials if dial not in seen]:
+        for dial in fresh:
+            seen.append(dial)
+            dial.done(a_stream() if works(dial.where) else REFUSED)
+        loop.turn()
+    dials.clear()
+    return [dial.where for dial in seen]
+
+
+def dc_of(target):
+    return next((dc for dc, ips in telemt.DC_TABLE.items() if target[0] in ips), 203)
+
+
+def checked(loop, ways, dials, a_stream, works):
+    loop.turn(30.1)
+    return answer(loop, dials, a_stream, works)
+
+
+def test_health_threshold_and_recovery(loop, dials, warnings, a_stream):
+    ways, _ = upstreams(loop, "[general]\nupstream_unhealthy_fail_threshold = 2")
+    ways.health.start()
+    route = ways.routes[0]
+    loop.turn(29)
+    assert not dials and ways.rows()[0]["last_check_age_secs"] == 29
+    seen = checked(loop, ways, dials, a_stream, lambda target: dc_of(target) in (1, 2, 203))
+    assert sorted(map(dc_of, seen)) == [1, 2, 3, 4, 5, 203]
+    assert (route.healthy, route.fails, ways.rows()[0]["last_check_age_secs"]) == (True, 0, 0)
+    for fails in (1, 2, 3):
+        checked(loop, ways, dials, a_stream, lambda target: dc_of(target) in (1, 203))
+        assert (route.healthy, route.fails) == (fails < 2, fails)
+    assert sum("Upstream unhealthy (insufficient reachable DC groups)" in text for text in warnings) == 2, "every time"
+    checked(loop, ways, dials, a_stream, lambda target: dc_of(target) in (3, 4, 5))
+    assert (route.healthy, route.fails) == (True, 0)
+    assert {dc: path.label() for dc, path in route.paths.items()} == {1: "unavailable", 2: "unavailable", 3: "prefer_v4", 4: "prefer_v4",
+                                                                      5: "prefer_v4"}
+    counters = ways.counters
+    assert (counters.connect_attempt_total, counters.connect_success_total, counters.connect_fail_total) == (0, 0, 0)
+
+
+def test_fewer_groups_need_fewer_answers(loop, dials, a_stream, warnings):
+    """A SOCKS4 entry of an IPv6-only configuration still has the table's IPv4 addresses; 203 has none for it."""
+    ways, _ = upstreams(loop, "[network]\nipv4 = false\nipv6 = true\nprefer = 6", Families(False, True, True))
+    ways.health.start()
+    seen = checked(loop, ways, dials, a_stream, lambda target: True)
+    assert len(seen) == 6 and all(":" in ip for ip, _ in seen)
+
+
+def test_a_group_falls_back_to_the_other_family_and_rotates(loop, dials, a_stream):
+    ways, _ = upstreams(loop, '[network]\nipv6 = true\nprefer = 6\n[dc_overrides]\n2 = ["1.1.1.1:1", "1.1.1.2:1"]', V6_FIRST)
+    ways.health.start()
+
+    def asked(works):
+        found = checked(loop, ways, dials, a_stream, works)
+        return [target[0] for target in found if target[0].startswith("1.1.") or dc_of(target) == 2]
+    dead = {"2001:67c:4e8:f002::a", "1.1.1.1", "1.1.1.2"}
+    assert asked(lambda target: target[0] not in dead) == ["2001:67c:4e8:f002::a", "1.1.1.1", "1.1.1.2", "149.154.167.51"]
+    assert ways.routes[0].paths[2].label() == "prefer_v4"
+    assert asked(lambda target: target[0] != "2001:67c:4e8:f002::a") == ["2001:67c:4e8:f002::a", "1.1.1.1"], "behind the last good one"
+    assert asked(lambda target: True) == ["2001:67c:4e8:f002::a"]
+    assert ways.routes[0].paths[2].label() == "both_work"
+
+
+def test_checks_hold_at_most_sixteen_sockets(loop, dials, a_stream):
+    ways, _ = upstreams(loop, entries(*["weight = 1"] * 5))
+    ways.health.start()
+    loop.turn(30.1)
+    assert len(dials) == 16
+    assert len(answer(loop, dials, a_stream, lambda target: True)) == 30
+
+
+def test_a_dead_route_does_not_hold_up_the_others(loop, dials, a_stream, warnings):
+    ways, _ = upstreams(loop, entries('bind_addresses = ["127.0.0.1"]', 'bind_addresses = ["127.0.0.2"]'))
+    ways.health.start()
+    loop.turn(30.1)
+    for dial in list(dials):
+        if dial.source_ip == "127.0.0.2":
+            dial.done(a_stream())
+    loop.turn()
+    assert [row["last_check_age_secs"] for row in ways.rows()] == [30, 0]
+    loop.turn(10.1)
+    assert ways.routes[0].fails == 1, "10 s each, all at once"
+
+
+def test_a_scoped_entry_is_checked_with_its_first_scope(loop, monkeypatch, dials):
+    ways, _ = upstreams(loop, entries('type = "socks5"\naddress = "127.0.0.1:1"\nscopes = " vip , gold"\nusername = "u"\npassword = "p"'))
+    said = []
+    monkeypatch.setattr(telemt, "socks5_dialogue", lambda target, login: said.append(login) or iter(()))
+    monkeypatch.setattr(telemt.Route, "dialogue", lambda self, target, scope: said.append(scope))
+    ways.health.start()
+    loop.turn(30.1)
+    assert set(said) == {"vip"}
+
+
+def test_overrides_are_hot_for_the_checks(loop, dials, a_stream, warnings):
+    ways, settings = upstreams(loop)
+    ways.health.start()
+    ways.apply(settings_of('[dc_overrides]\n2 = "1.1.1.1:1"\n0 = "1.1.1.1:2"\nx = "1.1.1.1:3"\n-2 = "1.1.1.1:4"\n"05" = "1.1.1.1:5"'))
+    seen = checked(loop, ways, dials, a_stream, lambda target: False)
+    assert ("1.1.1.1", 1) in seen and ("1.1.1.1", 5) in seen and not {("1.1.1.1", n) for n in (2, 3, 4)} & set(seen)
+    assert sum("Invalid dc_overrides key for health-check, skipping" in text for text in warnings) == 3
+
+
+@pytest.fixture
+def infos(monkeypatch):
+    found = []
+    monkeypatch.setattr(LogBook, "sink", lambda level, target, text: found.append(text) if level == Level.INFO else None)
+    monkeypatch.setattr(LogBook, "threshold", Level.TRACE)
+    return found
+
+
+def test_the_table_after_the_start(loop, dials, a_stream, infos):
+    ways, _ = upstreams(loop, "[network]\nipv6 = true\nprefer = 6\n[dc_overrides]\n7 = \"1.1.1.1:1\"\n2 = \"2.2.2.2:2\"", V6_FIRST)
+    telemt.Survey(ways).start()
+    assert len(dials) == 13, "all at once"
+    loop.at += 0.0231
+    for dial in list(dials):
+        if (dc_of(dial.where) in (1, 203) and ":" not in dial.where[0]) or dc_of(dial.where) == 3:
+            dial.done(a_stream())
+        elif dc_of(dial.where) == 2:
+            dial.done(REFUSED)
+    assert infos == []
+    loop.turn(5.1)
+    rule = "=" * 60
+    assert infos == [
+        "================= Telegram DC Connectivity =================", "  IPv6 in use / IPv4 is fallback", "  via direct", rule,
+        "    DC1 [IPv6] 2001:b28:f23d:f001::a:443 - FAIL (timeout)",
+        "    DC2 [IPv6] 2001:67c:4e8:f002::a:443 - FAIL (IO error: Connection refused (os error 111))",
+        "    DC3 [IPv6] 2001:b28:f23d:f003::a:443 - 23 ms", "    DC4 [IPv6] 2001:67c:4e8:f004::a:443 - FAIL (timeout)",
+        "    DC5 [IPv6] 2001:b28:f23f:f005::a:443 - FAIL (timeout)", rule,
+        "    DC1 [IPv4] 149.154.175.50:443\t\t\t\t23 ms",
+        "    DC2 [IPv4] 149.154.167.51:443:\t\t\t\tFAIL (IO error: Connection refused (os error 111))",
+        "    DC3 [IPv4] 149.154.175.100:443\t\t\t\t23 ms", "    DC4 [IPv4] 149.154.167.91:443:\t\t\t\tFAIL (timeout)",
+        "    DC5 [IPv4] 149.154.171.5:443:\t\t\t\tFAIL (timeout)",
+        "    DC2 [IPv4] 2.2.2.2:2\t\t\t\t23 ms", "    DC7 [IPv4] 1.1.1.1:1\t\t\t\t23 ms",
+        "    DC203 [IPv4] 91.105.192.100:443\t\t\t\t23 ms", rule]
+    paths = ways.routes[0].paths
+    assert [path.label() for path in paths.values()] == ["prefer_v4", "unavailable", "both_work", "unavailable", "unavailable"]
+    assert [path.ema_ms and round(path.ema_ms) for path in paths.values()] == [23, None, 23, None, None]
+    assert ways.routes[0].healthy and ways.counters.connect_attempt_total == 0
+
+
+@pytest.mark.parametrize(("text", "families", "works", "line"), [
+    ("", V4, True, "  IPv4 only / IPv6 unavailable"), ("", V4, False, "  No DC connectivity"),
+    ("[network]\nipv4 = false\nipv6 = true\nprefer = 6", Families(False, True, True), True, "  IPv6 only / IPv4 unavailable"),
+    ("[network]\nipv6 = true", BOTH, True, "  IPv4 in use / IPv6 is fallback"),
+])
+def test_the_status_line_of_the_table(loop, dials, a_stream, infos, text, families, works, line):
+    ways, _ = upstreams(loop, text, families)
+    telemt.Survey(ways).start()
+    answer(loop, dials, a_stream, lambda target: works)
+    assert infos[1] == line
+    assert ways.routes[0].paths[1].label() == ("unavailable" if not works else "both_work" if families == BOTH
+                                               else "prefer_v4" if families == V4 else "prefer_v6")
+
+
+@pytest.mark.parametrize(("entry", "name"), [
+    ("", "direct"), ('interface = "lo"\nbind_addresses = ["127.0.0.1", "::1"]', "direct dev=lo src=127.0.0.1,::1"),
+    ('type = "socks4"\naddress = "10.0.0.1:1080"\nuser_id = "secret"', "socks4://10.0.0.1:1080"),
+    ('type = "socks5"\naddress = "h:1"\nusername = "secret"\npassword = "secret"', "socks5://h:1"),
+])
+def test_names_of_routes(loop, entry, name):
+    assert upstreams(loop, entries(entry))[0].routes[0].name() == name
+
+
+def test_rows_as_the_api_shows_them(loop):
+    ways, _ = upstreams(loop, entries("weight = 7", 'type = "socks5"\naddress = "h:1"\nscopes = "a, b"'))
+    ways.routes[1].paths[3].feed(12.5)
+    row = ways.rows()[1]
+    assert {name: value for name, value in row.items() if name != "dc"} == {
+        "upstream_id": 1, "route_kind": "socks5", "address": "h:1", "weight": 1, "scopes": "a, b", "healthy": True, "fails": 0,
+        "last_check_age_secs": 0, "effective_latency_ms": 12.5}
+    assert [cell["dc"] for cell in row["dc"]] == [1, 2, 3, 4, 5] and row["dc"][2]["latency_ema_ms"] == 12.5
+    assert ways.rows()[0]["address"] == "direct" and ways.summary()["socks5_total"] == 1
+
+
 # -- SOCKS
 
 
