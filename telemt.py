@@ -1843,14 +1843,16 @@ class _Evp:
     def __init__(self) -> None:
         import ctypes
         library = _open_libcrypto(ctypes.PyDLL)
+        pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
+        declare = functools.partial(_declare, library)
+        with contextlib.suppress(AttributeError):              # 1.1 and later: without openssl.cnf, which costs 0.6 MB to look at
+            declare("OPENSSL_init_crypto", number, ctypes.c_uint64, pointer)(_NO_LOAD_CONFIG, None)
+        self.new = declare("EVP_CIPHER_CTX_new", pointer)
+        self.free = declare("EVP_CIPHER_CTX_free", None, pointer)
         try:
             self.keys: _EvpKeys | None = _EvpKeys(library)
         except (AttributeError, InternalError):                # older than 1.1.1, or FIPS mode
             self.keys = None
-        pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
-        declare = functools.partial(_declare, library)
-        self.new = declare("EVP_CIPHER_CTX_new", pointer)
-        self.free = declare("EVP_CIPHER_CTX_free", None, pointer)
         self.ctr = self._checked(declare("EVP_aes_256_ctr", pointer)())
         self.cbc = self._checked(declare("EVP_aes_256_cbc", pointer)())
         self.encrypt_init = declare("EVP_EncryptInit_ex", number, pointer, pointer, pointer, text, text)
@@ -1921,6 +1923,7 @@ class _EvpKeys:
 
 
 _NID_X25519: Final = 1034
+_NO_LOAD_CONFIG: Final = 0x80            # OPENSSL_INIT_NO_LOAD_CONFIG
 
 
 def _open_libcrypto(load: Callable[[str], Any]) -> Any:
