@@ -2,13 +2,14 @@
 
 usage: bench_loops.py DC_PORT       prints one JSON object {loop name: port}
 
-Every loop takes one client at a time (`echo`: all that come), passes its 64-byte preamble on to the data centre and then
+Every loop takes one client at a time (`echo` and `many`: all that come), passes its 64-byte preamble on to the data centre and then
 moves bytes.  Blocking sockets: one system call per read and one per write is all there is.
   scatter   data centre -> client: recvmsg_into 128 payload views between ready record headers, one send
   splice    data centre -> client: splice(2) through a pipe of 1 MiB
   aes2      client -> data centre: recv_into 1 MiB, two AES-CTR passes in place, one send
   scatter2  as scatter with two AES-CTR passes over the run first (fast_mode off)
   copy2     data centre -> client: recv_into 1 MiB, two AES-CTR passes in place, one send (fast_mode off)
+  many      scatter for any number of sessions: epoll, non-blocking, what a client does not take is kept and its source rests
   echo      both ways on many sockets: epoll, recv, AES in place, send
   minimum   the least a FakeTLS handshake costs: accept, recv, one HMAC, one X25519 share, send, connect, one preamble, two key set-ups
 """
@@ -64,11 +65,11 @@ def one_by_one(listener: socket.socket, move: Callable[[socket.socket, socket.so
 
 def ready_records() -> tuple[bytearray, list[memoryview]]:
     """A buffer with 128 record headers in place, and the views between them."""
-    memory = bytearray(COUNT * STRIDE)
-    for at in range(0, len(memory), STRIDE):
+    memory = bytearray(COUNT * STRIDE + 5)     # a header more, so that a full run needs no case of its own
+    for at in range(0, COUNT * STRIDE, STRIDE):
         memory[at:at + 5] = b"\x17\x03\x03" + PAYLOAD.to_bytes(2, "big")
     whole = memoryview(memory)
-    return memory, [whole[at + 5:at + STRIDE] for at in range(0, len(memory), STRIDE)]
+    return memory, [whole[at + 5:at + STRIDE] for at in range(0, COUNT * STRIDE, STRIDE)]
 
 
 def scatter(client: socket.socket, dc: socket.socket) -> None:
@@ -170,6 +171,62 @@ def echo(listener: socket.socket) -> None:
             sink.send(part)
 
 
+def many(listener: socket.socket) -> None:
+    """Read between record headers, send once, keep what is left; what scatter becomes with more than one session."""
+    listener.setblocking(False)
+    poll = select.epoll()
+    poll.register(listener.fileno(), select.EPOLLIN)
+    memory, views = ready_records()
+    whole = memoryview(memory)
+    pairs: dict[int, tuple[socket.socket, socket.socket]] = {}       # of both ends: (client, dc)
+    kept: dict[int, memoryview] = {}                                 # client -> what it did not take
+    while True:
+        for fd, _ in poll.poll():
+            if fd == listener.fileno():
+                client, _peer = listener.accept()
+                dc = to_dc()
+                dc.sendall(client.recv(64))
+                pairs[client.fileno()] = pairs[dc.fileno()] = (client, dc)
+                for sock in (client, dc):
+                    sock.setblocking(False)
+                    poll.register(sock.fileno(), select.EPOLLIN)
+                continue
+            client, dc = pairs[fd]
+            if fd == client.fileno():
+                if fd in kept:
+                    kept[fd] = kept[fd][client.send(kept[fd]):]
+                    if not kept[fd]:
+                        del kept[fd]
+                        poll.modify(fd, select.EPOLLIN)
+                        poll.modify(dc.fileno(), select.EPOLLIN)
+                elif data := client.recv(65_536):
+                    dc.send(data)
+                else:
+                    for sock in (client, dc):
+                        poll.unregister(sock.fileno())
+                        del pairs[sock.fileno()]
+                        sock.close()
+                    break                      # the other end may be in this batch
+                continue
+            size = dc.recvmsg_into(views)[0]
+            if not size:
+                client.shutdown(socket.SHUT_WR)
+                poll.modify(fd, 0)
+                continue
+            full, tail = divmod(size, PAYLOAD)
+            end = full * STRIDE + (5 + tail if tail else 0)
+            memory[full * STRIDE + 3:full * STRIDE + 5] = tail.to_bytes(2, "big")
+            try:
+                sent = client.send(whole[:end])
+            except BlockingIOError:
+                sent = 0
+            if sent < end:
+                kept[client.fileno()] = memoryview(bytes(whole[sent:end]))
+                poll.modify(client.fileno(), select.EPOLLOUT)
+                poll.modify(fd, 0)
+            memory[full * STRIDE + 3:full * STRIDE + 5] = PAYLOAD.to_bytes(2, "big")
+
+
 def minimum(listener: socket.socket) -> None:
     """The least that a FakeTLS handshake up to the first answer costs."""
     while True:
@@ -197,7 +254,7 @@ def main() -> None:
         listener = listen()
         ports[name] = listener.getsockname()[1]
         threads.append(threading.Thread(target=one_by_one, args=(listener, loop), daemon=True))
-    for name, serve in (("echo", echo), ("minimum", minimum)):
+    for name, serve in (("echo", echo), ("many", many), ("minimum", minimum)):
         listener = listen()
         ports[name] = listener.getsockname()[1]
         threads.append(threading.Thread(target=serve, args=(listener,), daemon=True))
