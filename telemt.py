@@ -3251,15 +3251,21 @@ class RecordReader:
     It points instead of copying: spans() tells where payload lies in the caller's buffer.
     """
 
-    __slots__ = ("_left", "_kind", "_head", "seen", "closed", "failed")
+    __slots__ = ("_left", "_kind", "_head", "between", "seen", "closed", "failed")
 
     def __init__(self) -> None:
+        self.between = True          # a header is to be expected, the whole of it
         self.seen = 0                # bytes of the last data that spans() looked at
         self._left = 0               # payload bytes of the current record still to come
         self._kind = 0x17
         self._head = b""             # 0..4 bytes of an unfinished header
         self.closed = False          # an alert arrived: the client will say nothing more
         self.failed: WireError | None = None     # a record that cannot be; nothing behind it is looked at
+
+    @property
+    def ended(self) -> bool:
+        """True when nothing more is looked at."""
+        return self.closed or self.failed is not None
 
     @property
     def mid_record(self) -> bool:
@@ -3272,14 +3278,8 @@ class RecordReader:
         `seen` tells how far it came: the caller shows the rest again.  What client-protocol.md 6.7 refuses sets `failed`
         (BAD_RECORD), an alert sets `closed`: what stands before it is still returned, what follows is ignored.
         """
-        self.seen = size
-        whole = self._between()
-        if whole and size > RECORD_HEADER:
-            kind, version, length = _HEADER.unpack_from(data)
-            if kind == 0x17 and version == 0x0303 and length == size - RECORD_HEADER and length <= RECORD_IN_MAX:
-                return [(RECORD_HEADER, length)]       # one whole record: what chat looks like
         found: list[tuple[int, int]] = []
-        at, unpack, last = 0, _HEADER.unpack_from, size - RECORD_HEADER
+        at, unpack, last, whole = 0, _HEADER.unpack_from, size - RECORD_HEADER, self.between
         for _ in range(RECORDS_AT_ONCE):
             if whole and at <= last:                   # in line: bulk comes in records of 3 KB
                 kind, version, length = unpack(data, at)
@@ -3289,17 +3289,20 @@ class RecordReader:
                         found.append((at, length))
                         at += length
                     continue
-            if at >= size or self.closed or self.failed:
+            if at >= size or self.ended:
                 break
             at = self._step(data, at, size, found)
-            whole = self._between()
-        if at < size and not self.closed and not self.failed:
-            self.seen = at
+            whole = not (self._left or self._head or self.ended)
+        self.between = whole
+        self.seen = size if self.ended else at
         return found
 
-    def _between(self) -> bool:
-        """True where a header is to be expected, the whole of it."""
-        return not (self._left or self._head or self.closed or self.failed)
+    def is_one_record(self, data: Bytes, size: int) -> bool:
+        """True if data[:size] is one whole record of application data, header included: what chat looks like."""
+        if not self.between or size <= RECORD_HEADER:
+            return False
+        kind, version, length = _HEADER.unpack_from(data)
+        return kind == 0x17 and version == 0x0303 and length == size - RECORD_HEADER and length <= RECORD_IN_MAX
 
     def payload(self, data: bytes) -> bytes:
         """Return all payload of `data`, however many records that is: for the little that a handshake reads at once."""
@@ -5078,7 +5081,7 @@ class Pace(NamedTuple):
 READ: Final = 1            # EPOLLIN
 WRITE: Final = 4           # EPOLLOUT; everything else epoll reports (ERR, HUP) reads as "go and look"
 HANGUP: Final = 0x2000     # EPOLLRDHUP: only whether the peer left, bytes or not; `selectors` cannot tell and stays quiet
-_BATCH: Final = 512        # ready fds per turn
+_NEVER: Final = math.inf
 _PATIENCE_MAX_S: Final = 86_400.0     # epoll counts milliseconds in 31 bits; waking once a day costs nothing
 _WORKERS: Final = 4        # helper threads for what blocks: name resolution, files, later https
 _WORKER_IDLE_S: Final = 30.0
@@ -5107,10 +5110,7 @@ class EpollPoller:
         self.register = self._epoll.register
         self.modify = self._epoll.modify
         self.unregister = self._epoll.unregister
-
-    def poll(self, timeout_s: float) -> list[tuple[int, int]]:
-        """Ready fds with their masks; waits for ever when timeout_s is negative."""
-        return self._epoll.poll(timeout_s, _BATCH)
+        self.poll = self._epoll.poll           # at most 1,023 ready fds at once; waits for ever when the time is negative
 
 
 class SelectorsPoller:
@@ -5302,8 +5302,9 @@ class Loop:
 
     def run(self) -> None:
         """Turn until stop()."""
+        poll = self.poller.poll
         while not self._stopped:
-            self._turn(self.poller.poll(self._patience()))
+            self._turn(poll(self._patience()))
 
     def stop(self) -> None:
         """Return from run() after this turn."""
@@ -5313,9 +5314,10 @@ class Loop:
         """Seconds to wait; negative = for ever."""
         if self._deferred or self._idle_jobs:
             return 0.0
-        if self.wake_at == math.inf:
+        if self.wake_at == _NEVER:
             return -1.0
-        return min(max(0.0, self.wake_at - self.clock()), _PATIENCE_MAX_S)
+        left_s = self.wake_at - self.clock()
+        return 0.0 if left_s < 0.0 else left_s if left_s < _PATIENCE_MAX_S else _PATIENCE_MAX_S
 
     def _turn(self, events: list[tuple[int, int]]) -> None:
         self.now = now = self.clock()
@@ -6035,6 +6037,10 @@ class UnwrapFlow(Flow):
                 return 0
             if size == quantum or self.level:
                 self._adapt(size, quantum)
+            elif self.records.is_one_record(source.view, size):
+                size -= RECORD_HEADER
+                self.push(self.decrypt.recrypt(self.encrypt, source, RECORD_HEADER, size, self.arena.output))
+                return size
         spans = self.records.spans(source.view, size)
         if kept is not None or self.records.seen < size:
             self._set_aside(kept if kept is not None else set_aside(source.view[:size]), self.records.seen)
