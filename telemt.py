@@ -3302,7 +3302,8 @@ class RecordReader:
         if not self.between or size <= RECORD_HEADER:
             return False
         kind, version, length = _HEADER.unpack_from(data)
-        return kind == 0x17 and version == 0x0303 and length == size - RECORD_HEADER and length <= RECORD_IN_MAX
+        whole: bool = kind == 0x17 and version == 0x0303 and length == size - RECORD_HEADER and length <= RECORD_IN_MAX
+        return whole
 
     def payload(self, data: bytes) -> bytes:
         """Return all payload of `data`, however many records that is: for the little that a handshake reads at once."""
@@ -5592,7 +5593,8 @@ class Arena:
     pending: `general.crypto_pending_buffer`: after a sink was too slow, one read brings no more than this, so neither does a
     queue.  Only the read that finds out may be larger, up to a megabyte: it grew to that because everything before it was
     taken at once.  When such queues hold 16 MiB together, no read is larger any more.
-    paths: words of TELEMT_PATHS, the test hook that forces fallbacks: `no-splice`, `no-scatter`; `quick-checks` is for room 15.
+    paths: words of TELEMT_PATHS, the test hook that forces fallbacks: `no-splice`, `no-scatter`, `no-one-pass`; `quick-checks`
+    is for room 15.
     """
 
     def __init__(self, backend: Backend, pending: int = 262_144, paths: Container[str] = ()) -> None:
@@ -5606,6 +5608,7 @@ class Arena:
         self._scatter: dict[int, list[memoryview]] = {}
         self.can_scatter = hasattr(socket.socket, "recvmsg_into") and "no-scatter" not in paths
         self.can_splice = hasattr(os, "splice") and "no-splice" not in paths
+        self.one_pass = "no-one-pass" not in paths     # else ciphers make new bytes, as a backend without Regions would
         self._pipes: list[Pipe] = []
         self._pipes_made = 0
         self.crowd = Crowd()
@@ -5856,6 +5859,9 @@ class CopyFlow(Flow):
             return 0
         if size == quantum or self.level:
             self._adapt(size, quantum)
+        if self.passes and not self.arena.one_pass:
+            self.push(self.passes[1].update(self.passes[0].update(region.view[:size])))
+            return size
         if self.passes and not self.level:
             self.push(self.passes[0].recrypt(self.passes[1], region, 0, size, self.arena.output))
             return size
@@ -6037,7 +6043,7 @@ class UnwrapFlow(Flow):
                 return 0
             if size == quantum or self.level:
                 self._adapt(size, quantum)
-            elif self.records.is_one_record(source.view, size):
+            elif self.records.is_one_record(source.view, size) and self.arena.one_pass:
                 size -= RECORD_HEADER
                 self.push(self.decrypt.recrypt(self.encrypt, source, RECORD_HEADER, size, self.arena.output))
                 return size
@@ -6045,7 +6051,9 @@ class UnwrapFlow(Flow):
         if kept is not None or self.records.seen < size:
             self._set_aside(kept if kept is not None else set_aside(source.view[:size]), self.records.seen)
         done = 0
-        if len(spans) == 1:
+        if not self.arena.one_pass:
+            done = self._push_copies([source.view[at:at + length] for at, length in spans])
+        elif len(spans) == 1:
             start, done = spans[0]
             self.push(self.decrypt.recrypt(self.encrypt, source, start, done, self.arena.output))
         elif spans:
@@ -6059,6 +6067,13 @@ class UnwrapFlow(Flow):
         if self.over:
             self._forget_aside()
         return done or (0 if self.over else AGAIN)
+
+    def _push_copies(self, pieces: list[memoryview]) -> int:
+        """The plain way, on no machine the fast one: kept so that the other can be compared with it."""
+        data = self.encrypt.update(self.decrypt.update(b"".join(pieces)))
+        if data:
+            self.push(data)
+        return len(data)
 
     def _set_aside(self, data: memoryview, seen: int) -> None:
         """Keep what of `data` was not seen, and see to it that there is another run."""

@@ -847,6 +847,7 @@ class Rig:
         self.proxies: list[Proxy] = []
         self.dcs: list[FakeDc] = []
         self.clients: list[Client] = []
+        self.env: dict[str, str] = {}           # of proxies that are given none
         self._main: FakeDc | None = None
         self._things: list[Any] = []
 
@@ -871,6 +872,7 @@ class Rig:
     def proxy(self, config: dict[str, Any] | None = None, **options: Any) -> Proxy:
         """A running proxy; `config` is laid over base_config."""
         port = options.pop("port", 0) or free_port()
+        options.setdefault("env", self.env)
         folder = self.folder / f"proxy{len(self.proxies)}"
         self.proxies.append(Proxy(folder, merged(base_config(port, self.dc.address), config or {}), port=port, **options))
         return self.proxies[-1]

@@ -14,7 +14,7 @@ from tests.cases import TestLoop, read_all, tcp_pair
 
 BACKEND = telemt.pick_backend()
 KEY, IV = bytes(range(32)), bytes(range(16))
-PATHS = {"all": (), "no-splice": ("no-splice",), "no-scatter": ("no-scatter",)}
+PATHS = {"all": (), "no-splice": ("no-splice",), "no-scatter": ("no-scatter",), "no-one-pass": ("no-one-pass",)}
 
 
 @pytest.fixture
@@ -172,14 +172,15 @@ def test_two_ciphers_on_the_way(loop, flow, paths, size):
     bench.dispose()
 
 
+@pytest.mark.parametrize("paths", [(), ("no-one-pass",)], ids=["one-pass", "copies"])
 @pytest.mark.parametrize("biggest", [3, 300, 2878, 16_384])
 @pytest.mark.parametrize("size", [1, 64, 5000, 2_000_000])
-def test_unwrap_decrypts_and_re_encrypts(loop, size, biggest):
+def test_unwrap_decrypts_and_re_encrypts(loop, size, biggest, paths):
     if size > 1_000_000 and biggest < 300:
         size = 50_000
     data = random.Random(size).randbytes(size)
     bench = Bench(loop, lambda arena, source, sink: UnwrapFlow(arena, source, sink, RecordReader(),
-                                                               (BACKEND.ctr(KEY, IV), BACKEND.ctr(KEY[::-1], IV))))
+                                                               (BACKEND.ctr(KEY, IV), BACKEND.ctr(KEY[::-1], IV))), paths)
     out = bench.pump(wrap(BACKEND.ctr(KEY, IV).update(data), biggest=biggest))
     assert BACKEND.ctr(KEY[::-1], IV).update(out) == data and bench.read == size
     bench.dispose()
