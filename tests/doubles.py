@@ -403,6 +403,7 @@ class Client(Peer):
         self.encrypt(bytes(64))                     # the header used up the start of this key stream
         self.to_client_key = back                   # what fast_mode shows to the data centre
         self.flight: Flight | None = None
+        self.raw_flight = b""
         self.largest_record = 0
         self._ccs_due = True
         self._cipher_text = bytearray()
@@ -455,7 +456,8 @@ class Client(Peer):
         first = self.pull(5)
         rest = self.pull(struct.unpack(">H", first[3:])[0] + 11)
         last = self.pull(struct.unpack(">H", rest[-2:])[0])
-        self.flight = parse_flight(first + rest + last, self.hello, self.secret)
+        self.raw_flight = first + rest + last
+        self.flight = parse_flight(self.raw_flight, self.hello, self.secret)
         patience = self.sock.gettimeout()
         self.sock.settimeout(0)
         with contextlib.suppress(BlockingIOError):

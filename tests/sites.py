@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import shutil
 import socket
@@ -57,6 +58,22 @@ def make_certificate(folder: Path, kind: str = "ec", chain: int = 0, names: Sequ
     plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     private.write_bytes(issuer_key.private_bytes(serialization.Encoding.PEM, *plain))
     return certificate, private
+
+
+# -- what was measured earlier -----------------------------------------------------------------------------------------------------
+
+def write_profile(folder: Path, domain: str = "example.com", *, group: int = 29, suite: int = 0x1302, order: Sequence[int] = (43, 51),
+                  flights: Sequence[int] = (2604,), age_s: float = 60.0) -> None:
+    """A cache file as the proxy writes it (tls-front.md 9.5): fresh, so that it does not ask the host again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    share = [*group.to_bytes(2, "big"), 0, 32, *bytes(32)] if group == 29 else [*group.to_bytes(2, "big"), 4, 96, *bytes(1120)]
+    data = {43: [3, 4], 51: share}
+    (folder / f"{domain}.json").write_text(json.dumps({
+        "server_hello_template": {"version": [3, 3], "random": [0] * 32, "session_id": [], "cipher_suite": [suite >> 8, suite & 255],
+                                  "compression": 0, "extensions": [{"ext_type": kind, "data": data[kind]} for kind in order]},
+        "cert_info": None, "cert_payload": None, "app_data_records_sizes": [max(flights)], "total_app_data_len": max(1024, *flights),
+        "domain": domain, "profile": {"v": 1, "suite": suite, "group": group, "order": list(order), "flights": list(flights),
+                                      "fetched_at": int(time.time() - age_s)}}))
 
 
 # -- a real nginx ------------------------------------------------------------------------------------------------------------------

@@ -259,6 +259,36 @@ def test_probe_hello_is_what_clients_send(seed):
     assert parse_client_hello(record).groups == {29, 4588}
 
 
+def ja4(record):
+    """The JA4 fingerprint of a hello with SNI and h2 over TCP, by its published rule."""
+    suites, extensions, _ = dissect(record)
+    numbers = [int.from_bytes(suites[at:at + 2], "big") for at in range(0, len(suites), 2)]
+    plain = sorted(f"{number:04x}" for number in numbers if not is_grease(number))
+    kinds = [kind for kind, _ in extensions if not is_grease(kind)]
+    listed = dict(extensions)[13][2:].hex()
+    rest = ",".join(sorted(f"{kind:04x}" for kind in kinds if kind not in (0, 16))) + "_" + ",".join(
+        listed[at:at + 4] for at in range(0, len(listed), 4))
+    return f"t13d{len(plain):02}{len(kinds):02}h2_" + "_".join(hashlib.sha256(text.encode()).hexdigest()[:12]
+                                                               for text in (",".join(plain), rest))
+
+
+CHROME_JA4 = "t13d1516h2_8daaf6152771_d8a2da3f94cd"      # as published for Chrome 131..143
+
+
+def test_probe_hello_has_the_fingerprint_of_a_browser():
+    hellos = load_vector("hellos")["hellos"]
+    assert {ja4(probe(seed=seed)) for seed in range(5)} == {CHROME_JA4} == {ja4(bytes.fromhex(hellos["chrome"]["record"]))}
+    assert ja4(bytes.fromhex(hellos["tdlib"]["record"])).rpartition("_")[0] == CHROME_JA4.rpartition("_")[0]
+
+
+@pytest.mark.parametrize("name", ["chrome", "chrome-x25519", "tdlib"])
+def test_hellos_of_real_clients_are_understood(name):
+    entry = load_vector("hellos")["hellos"][name]
+    hello = parse_client_hello(bytes.fromhex(entry["record"]))
+    assert sorted(hello.groups) == sorted(entry["groups"]) and hello.server_name == "www.example.com"
+    assert hello.alpn == ("h2", "http/1.1") and len(hello.session_id) == 32 and hello.suites[1:4] == (0x1301, 0x1302, 0x1303)
+
+
 def test_probe_hello_is_shuffled_anew():
     orders = {tuple(kind for kind, _ in dissect(probe(seed=seed))[1][1:-1]) for seed in range(30)}
     assert len(orders) == 30
