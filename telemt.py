@@ -1009,12 +1009,15 @@ def merge_hot(running: Settings, new: Settings) -> Settings:
     """Return `running` with the hot keys of `new`: what is in force after a reload (config.md 8 item 1)."""
     merged = running
     for change in diff_settings(running, new):
-        if change.reload in (Reload.HOT, Reload.HOT_OURS):
+        if change.reload in (Reload.HOT, Reload.HOT_OURS) and not _follows(change, running, new):
             merged = _with_value(merged, change.path, change.new)
-    old, cert = running.censorship, new.censorship
-    if old.mask_host == old.tls_domain != cert.tls_domain == cert.mask_host:     # follows a name that needs a restart
-        merged = _with_value(merged, "censorship.mask_host", old.mask_host)
     return merged
+
+
+def _follows(change: Change, old: Settings, new: Settings) -> bool:
+    """True for a mask_host that is nothing but the tls_domain, which needs a restart."""
+    return (change.path == "censorship.mask_host" and change.old == old.censorship.tls_domain
+            and change.new == new.censorship.tls_domain)
 
 
 def _value_at(root: Any, path: str) -> Any:
@@ -1027,6 +1030,120 @@ def _with_value(root: Any, path: str, value: object) -> Any:
     """Return `root` with the key at `path` replaced."""
     name, _, rest = path.partition(".")
     return root.but(**{name: _with_value(getattr(root, name), rest, value) if rest else value})
+
+
+# -- what a reload says (config.md 4.2, 8 item 1); each line follows `config reload: `
+
+_MAPS: Final = {"access.user_ad_tags": "user_ad_tags", "network.dns_overrides": "network.dns_overrides",
+                "access.user_max_tcp_conns": "user_max_tcp_conns", "access.user_expirations": "user_expirations",
+                "access.user_data_quota": "user_data_quota", "access.user_max_unique_ips": "user_max_unique_ips"}
+_SCALARS: Final = {"general.desync_all_full": "", "general.hardswap": "", "general.me_pool_drain_ttl_secs": "s",
+                   "general.me_reinit_drain_timeout_secs": "s", "general.me_socks_kdf_policy": ""}      # with the unit shown
+_UNTOLD: Final = frozenset(("access.replay_check_len", "access.replay_window_secs", "access.ignore_time_skew",
+                            "general.proxy_secret_auto_reload_secs", "general.proxy_config_auto_reload_secs"))
+
+
+_RESTART_ORDER: Final = ("server.port", "server.api", "censorship.tls_domain ", "network.ipv4/ipv6", "use_middle_proxy",
+                         "general.stun_nat_probe_concurrency", "general.upstream_*")       # the lines of 3.2.1, the others behind
+
+
+def describe_restart(old: Settings, new: Settings) -> list[str]:
+    """Return a line per change between two files that waits for a restart."""
+    listed = [resolve_listeners(settings.server.but(listeners=())) == settings.server.listeners for settings in (old, new)]
+    lines = [_restart_text(change) for change in diff_settings(old, new)
+             if change.reload in (Reload.RESTART, Reload.RESTART_OURS) and not (change.path == "server.listeners" and all(listed))]
+    lines.sort(key=lambda line: next((rank for rank, word in enumerate(_RESTART_ORDER) if line.startswith(word)), len(_RESTART_ORDER)))
+    return [f"{line}; restart required" for line in dict.fromkeys(lines)]
+
+
+def _restart_text(change: Change) -> str:
+    path = change.path
+    if path == "server.port":
+        return f"{path} changed ({change.old} \u2192 {change.new})"
+    if path == "censorship.tls_domain":
+        return f"{path} changed ('{change.old}' \u2192 '{change.new}')"
+    if path in ("network.ipv4", "network.ipv6"):
+        return "network.ipv4/ipv6 changed"
+    if path.startswith("server.api."):
+        return "server.api changed"
+    if path.startswith("general.upstream_") or path == "general.rpc_proxy_req_every":
+        return "general.upstream_* changed"
+    return f"{path.removeprefix('general.') if path == 'general.use_middle_proxy' else path} changed"
+
+
+def describe_hot(old: Settings, new: Settings) -> list[str]:
+    """Return a line per change between two files that is in force now."""
+    left = {change.path: change for change in diff_settings(old, new)
+            if change.reload in (Reload.HOT, Reload.HOT_OURS) and not _follows(change, old, new)}
+    lines = []
+    if level := left.pop("general.log_level", None):
+        lines.append(f"log_level: '{level.old}' \u2192 '{level.new}'")
+    lines += [f"{name} updated ({len(change.new)} entries)" for path, name in _MAPS.items() if (change := left.pop(path, None))]
+    if enabled := left.pop("access.user_enabled", None):
+        lines.append(f"user_enabled updated ({list(enabled.new.values()).count(False)} disabled overrides)")
+    if left.pop("general.ad_tag", None):
+        lines.append("general.ad_tag updated (applied on next connection)")
+    for path, unit in _SCALARS.items():
+        if change := left.pop(path, None):
+            lines.append(f"{path.removeprefix('general.')}: {_shown(change.old)}{unit} \u2192 {_shown(change.new)}{unit}")
+    if ratio := left.pop("general.me_pool_min_fresh_ratio", None):
+        lines.append(f"me_pool_min_fresh_ratio: {ratio.old:.3f} \u2192 {ratio.new:.3f}")
+    lines += _describe_groups(old, new, left)
+    users = left.pop("access.users", None)
+    lines += [f"{path}: {_shown(change.old)} \u2192 {_shown(change.new)}" for path, change in left.items() if path not in _UNTOLD]
+    return lines + (_describe_users(users.old, users.new) if users else [])
+
+
+def _describe_groups(old: Settings, new: Settings, left: dict[str, Change]) -> Iterator[str]:
+    """Lines that tell several keys at once; takes their keys out of `left`."""
+    def changed(*names: str) -> bool:
+        found = [left.pop(f"general.{name}", None) for name in names]        # all of them, not up to the first
+        return any(found)
+
+    general = new.general
+    left.pop("general.update_every", None)
+    periods = [effective_update_every(settings.general) for settings in (old, new)]
+    if periods[0] != periods[1]:
+        yield f"update_every(effective): {periods[0]}s \u2192 {periods[1]}s"
+    if changed("me_keepalive_enabled", "me_keepalive_interval_secs", "me_keepalive_jitter_secs"):
+        yield (f"me_keepalive: enabled={_shown(general.me_keepalive_enabled)} interval={general.me_keepalive_interval_secs}s "
+               f"jitter={general.me_keepalive_jitter_secs}s random_payload={_shown(general.me_keepalive_payload_random)}")
+    if changed("telemetry.core_enabled", "telemetry.user_enabled", "telemetry.me_level"):
+        told = general.telemetry
+        yield f"telemetry: core_enabled={_shown(told.core_enabled)} user_enabled={_shown(told.user_enabled)} me_level={told.me_level}"
+    if changed("me_floor_mode", "me_adaptive_floor_idle_secs", "me_adaptive_floor_min_writers_single_endpoint",
+               "me_adaptive_floor_recover_grace_secs"):
+        yield (f"me_floor: mode={general.me_floor_mode.capitalize()} idle={general.me_adaptive_floor_idle_secs}s "
+               f"min_single={general.me_adaptive_floor_min_writers_single_endpoint} "
+               f"recover_grace={general.me_adaptive_floor_recover_grace_secs}s")
+    if changed("me_route_backpressure_high_timeout_ms"):
+        yield (f"me_route_backpressure: base={general.me_route_backpressure_base_timeout_ms}ms "
+               f"high={general.me_route_backpressure_high_timeout_ms}ms watermark={general.me_route_backpressure_high_watermark_pct}%")
+
+
+def _describe_users(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    named = {"added": new.keys() - old.keys(), "removed": old.keys() - new.keys(),
+             "secret changed": {name for name in old.keys() & new.keys() if old[name] != new[name]}}
+    return [f"users {what}: [{', '.join(sorted(names))}]" for what, names in named.items() if names]
+
+
+def _shown(value: Any) -> str:
+    """A value in a log line; capitals for the policies that 3.2.1 prints so."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value in ("strict", "compat"):
+        return str(value).capitalize()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {_shown(item)}' for name, item in value.items())}}}"
+    return "none" if value is None else f"'{value}'" if isinstance(value, str) else str(value)
+
+
+def effective_update_every(general: General) -> int:
+    """Refresh period of the middle-end lists, seconds: the key, or the shorter of the old two."""
+    old = min(general.proxy_secret_auto_reload_secs, general.proxy_config_auto_reload_secs)
+    return old if general.update_every is None else general.update_every
 
 
 # -- from text to tables (config.md 1.1)
@@ -5598,7 +5715,7 @@ class Arena:
     """
 
     def __init__(self, backend: Backend, pending: int = 262_144, paths: Container[str] = ()) -> None:
-        self.patient_level = max(0, bisect.bisect_right(QUANTA, max(pending or 65_536, 4096)) - 1)
+        self.apply(pending)
         self.input = backend.region(_pages(_ARENA_SIZE))
         self.output = backend.region(_pages(_ARENA_SIZE))
         self.records = backend.region(_pages(_ARENA_SIZE))          # record headers stand in it for good
@@ -5613,6 +5730,10 @@ class Arena:
         self._pipes_made = 0
         self.crowd = Crowd()
         self.queued = 0                        # bytes in the queues of all flows
+
+    def apply(self, pending: int) -> None:
+        """Take another `general.crypto_pending_buffer`, bytes; for every flow from its next read on."""
+        self.patient_level = max(0, bisect.bisect_right(QUANTA, max(pending or 65_536, 4096)) - 1)
 
     def scatter(self, count: int) -> list[memoryview]:
         """Return the payload places of the first `count` records; their headers are written when first asked for.
@@ -9460,6 +9581,11 @@ class Sweep:
         self.relays.add(relay)
         self._arm(self._due_at(relay))
 
+    def look_again(self) -> None:
+        """Users may expire that could not before."""
+        if self.relays:
+            self._arm(min(map(self._due_at, self.relays)))
+
     def _due_at(self, relay: DirectRelay) -> float:
         """Monotonic time at which the relay has to be looked at."""
         return relay.last_at + IDLE_LIMIT_S if relay.user.expires_wall == math.inf else self.loop.now
@@ -9561,19 +9687,37 @@ class Server:
         chosen = self.places.listeners[0].address[1] if self.places.listeners else 0
         return self.settings.server.port or chosen
 
-    def reload(self, loaded: Loaded) -> None:
-        """Put the hot keys of a configuration in force."""
-        self.settings = merge_hot(self.settings, loaded.settings)
-        self.doorman.apply(self.settings.access)
-        self.handshakes.apply(self.settings)
-        self.masks.observer.apply(self.settings)
-        self.resolver.overrides = parse_dns_overrides(self.settings.network.dns_overrides)
-        self.fronts.apply(self.settings)
-        self.upstreams.apply(self.settings)
-        telemetry = self.settings.general.telemetry
-        self.counters.gate(telemetry.core_enabled, telemetry.me_level)
-        self.count_users = self.settings.general.telemetry.user_enabled
-        self.sources.reloaded(time.time())
+    def apply(self, settings: Settings) -> dict[str, int]:
+        """Put the hot keys of a configuration in force; return user -> sessions that it ended (config.md 8 items 1, 4)."""
+        before = {user: (user.secret, user.enabled) for user in self.doorman.users}
+        self.settings = settings = merge_hot(self.settings, settings)
+        self.doorman.apply(settings.access)
+        self.resolver.overrides = parse_dns_overrides(settings.network.dns_overrides)
+        self.masks.observer.apply(settings)
+        self.fronts.apply(settings)
+        self.upstreams.apply(settings)
+        self.arena.apply(settings.general.crypto_pending_buffer)
+        self.counters.gate(settings.general.telemetry.core_enabled, settings.general.telemetry.me_level)
+        self.count_users = settings.general.telemetry.user_enabled
+        self.handshakes.apply(settings)
+        if OPTIONS_INHERITED:
+            for listener in self.places.listeners:
+                tune_client(listener.sock, settings.timeouts.client_keepalive, settings.timeouts.client_ack)
+        now = self.doorman.users.users
+        gone = {user for user, (secret, enabled) in before.items()
+                if now.get(user.name) is not user or user.secret != secret or enabled > user.enabled}
+        self.sweep.look_again()
+        return self._end_sessions(gone)
+
+    def _end_sessions(self, users: set[User]) -> dict[str, int]:
+        """Close what authenticated as one of `users`; return user name -> how many."""
+        closed: dict[str, int] = {}
+        for owner in list(self.places.owners) if users else ():
+            ticket: Ticket | None = getattr(owner, "ticket", None)
+            if ticket is not None and ticket.user in users:
+                closed[ticket.user.name] = closed.get(ticket.user.name, 0) + 1
+                owner.close(None)
+        return closed
 
     def open_unix(self) -> None:
         """Bind the unix listener, where one is configured.  Raises OSError (client-protocol.md 2.2)."""
@@ -9724,6 +9868,8 @@ def _holds(pid: str, inodes: set[str]) -> bool:
 # -- configuration files
 
 _CONFIG_MAX: Final = 64 << 20            # bytes of one file: half a million users need less
+_STABLE_S: Final = 0.05                  # two readings so far apart that are alike: the writer is done (config.md 8 item 3)
+_STABLE_READS: Final = 40                # 2 s
 
 
 def read_config_bytes(path: str) -> bytes:
@@ -9757,11 +9903,78 @@ def read_config_file(including: str, wanted: str, given: Mapping[str, bytes] | N
         raise ConfigError(f"{path}: not valid UTF-8 at byte {error.start}") from None
 
 
+class Reading(NamedTuple):
+    """Main file and includes as they were at one moment."""
+
+    files: dict[str, bytes]                  # path -> content, main file first
+    marks: dict[str, tuple[int, ...]]        # path -> what stat said before it was read; () = nothing
+    text: str                                # includes in place; empty after an error
+    error: OSError | ConfigError | None
+
+    def digest(self) -> bytes:
+        """Tells two contents apart."""
+        return digest_files(self.files)
+
+
+def digest_files(files: Mapping[str, bytes]) -> bytes:
+    """SHA-256 over names and contents."""
+    total = hashlib.sha256()
+    for path, data in files.items():
+        total.update(f"{path}\0{len(data)}\0".encode(errors="surrogateescape"))
+        total.update(data)
+    return total.digest()
+
+
+def stat_mark(path: str) -> tuple[int, ...]:
+    """Device, inode, time of change and size of a file, behind symlinks; () if there is none."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return ()
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def read_config(path: str) -> Reading:
+    """Read a main file and its includes, each once."""
+    files: dict[str, bytes] = {}
+    marks: dict[str, tuple[int, ...]] = {}
+
+    def read(including: str, wanted: str) -> tuple[str, str]:
+        name = os.path.join(os.path.dirname(including), wanted) if including else wanted
+        if name not in files:
+            marks[name] = stat_mark(name)
+            files[name] = read_config_bytes(name)
+        return read_config_file(including, wanted, files)
+
+    try:
+        text, _included = expand_includes(read("", path)[1], path, read)
+    except (OSError, ConfigError) as error:
+        return Reading(files, marks, "", error)
+    return Reading(files, marks, text, None)
+
+
 def load_config(path: str) -> Loaded:
     """Return the configuration of a file with its includes.  Raises OSError or ConfigError."""
-    _, text = read_config_file("", path)
-    text, _included = expand_includes(text, path, read_config_file)
-    return parse_settings(parse_document(text), _draws)
+    return load_reading(read_config(path))
+
+
+def load_reading(reading: Reading) -> Loaded:
+    """Return what was read means.  Raises OSError or ConfigError."""
+    if reading.error is not None:
+        raise reading.error
+    return parse_settings(parse_document(reading.text), _draws)
+
+
+def read_stable(path: str, sleep: Callable[[float], None]) -> Reading:
+    """Read until two readings 50 ms apart are alike: nobody is writing any more.  Gives up with an error after 2 s."""
+    before = read_config(path)
+    for _ in range(_STABLE_READS):
+        sleep(_STABLE_S)
+        now = read_config(path)
+        if (now.files, str(now.error)) == (before.files, str(before.error)):
+            return now
+        before = now
+    return Reading({}, dict.fromkeys(before.marks, ()), "", ConfigError("the file keeps changing"))       # no marks: look again
 
 
 _draws: Final = Draws(lambda: 1024 + int(draw_fraction() * 3072))
@@ -9868,6 +10081,167 @@ def print_links(settings: Settings, host: str, port: int) -> None:
         log_links.info("Web link of %s (%s): %s", *web)
 
 
+def print_new_user(server: Server, name: str) -> None:
+    """Print the links of a user that a reload brought, if `general.links.show` names it (config.md 4.2)."""
+    settings = server.settings
+    links = settings.general.links
+    if links.show != "*" and name not in links.show:
+        return
+    host = next(iter(link_hosts(settings, server.detected)), "")
+    if not host:
+        log_links.warn("No address for links is known: set general.links.public_host")
+    log_links.info("--- New user: %s ---", name)
+    port = server.port if links.public_port is None else links.public_port
+    for row in user_links(settings, settings.access.users[name], host or "UNKNOWN", port):
+        log_links.info("  %-9s%s", row.label + ":", row.link)
+    log_links.info("--------------------")
+
+
+# -- reload (config.md 4, 8 items 1-5)
+
+_LOOK_S: Final = 1.0                     # period of stat(); the spec's, and the shortest that an idle process may have
+_HASH_TURNS: Final = 3                   # every third look reads the content: for file systems whose time stamps do not tell
+_HASH_MAX: Final = 1 << 20               # of at most so many bytes, 3 ms: a larger configuration is trusted to its time stamps
+
+
+class Reloader:
+    """Puts changed configurations in force: found by looking, asked for by SIGHUP, or handed over by the API."""
+
+    def __init__(self, server: Server, loaded: Loaded, reading: Reading, shown: str,
+                 level_of: Callable[[str], int | None]) -> None:
+        """loaded, reading: what the server was started with.  shown: the path as it was given.
+
+        level_of: threshold of a `general.log_level`, None when the level is pinned (config.md 6.3).
+        """
+        self.server, self.loaded = server, loaded
+        self.path, self._shown, self._level_of = next(iter(reading.files)), shown, level_of
+        self._marks, self._seen = reading.marks, reading.digest()
+        self._applied = self._seen
+        self._reported: tuple[bytes, str] | None = None    # digest and reason of the last failure that was logged
+        self._looks = 0
+        self._reading = False                              # a helper thread has the files
+        self._again: list[bool] = []                       # asked for meanwhile; True = by SIGHUP
+
+    def start(self) -> None:
+        """Begin to look."""
+        self.server.loop.call_later(_LOOK_S, self._look)
+
+    def hang_up(self) -> None:
+        """SIGHUP."""
+        log_reload.info('SIGHUP received \u2014 reloading "%s"', self._shown)
+        self._read(True)
+
+    def apply(self, loaded: Loaded, files: Mapping[str, bytes]) -> None:
+        """Put a configuration in force that was read from `files`; returns when it is."""
+        self._again += [False] * self._reading             # what is being read now may be older
+        self._marks, self._seen = {path: stat_mark(path) for path in files}, digest_files(files)
+        self._put(loaded, self._seen)
+
+    # -- looking
+
+    def _look(self) -> None:
+        self.server.loop.call_later(_LOOK_S, self._look)
+        self._looks += 1
+        if self._reading:
+            return
+        marks = {path: stat_mark(path) for path in self._marks}
+        if marks != self._marks or (self._looks % _HASH_TURNS == 0 and self._differs()):
+            self._marks = marks
+            self._read(False)
+
+    def _differs(self) -> bool:
+        """True if the content is not what was read last, although nothing else tells."""
+        if sum(mark[-1] for mark in self._marks.values() if mark) > _HASH_MAX:
+            return False
+        try:
+            return digest_files({path: read_config_bytes(path) for path in self._marks}) != self._seen
+        except (OSError, ConfigError):
+            return False                                   # reported when it began
+
+    def _read(self, loud: bool) -> None:
+        if self._reading:
+            self._again.append(loud)
+            return
+        self._reading = True
+        # In a thread: it sleeps between readings, and parsing a thousand users takes longer than a session may wait.
+        self.server.loop.offload(functools.partial(_read_and_load, self.path), functools.partial(self._on_read, loud))
+
+    def _on_read(self, loud: bool, result: tuple[Reading, Loaded | OSError | ConfigError] | Exception) -> None:
+        self._reading = False
+        if self._again:                                    # stale, or wanted again: what is there now counts
+            loud = loud or any(self._again)
+            self._again = []
+            self._read(loud)
+            return
+        if isinstance(result, Exception):
+            raise result
+        reading, found = result
+        self._marks, self._seen = reading.marks, reading.digest()
+        if isinstance(found, Exception):
+            invalid = isinstance(found, ConfigError) and found.invalid
+            self._refuse(f"validation failed: {found}; keeping old config" if invalid
+                         else f'failed to parse "{self._shown}": {_os_text(found)}', loud)
+        elif self.loaded.users_explicit and not found.users_explicit:
+            self._refuse("validation failed: [access.users] is missing; keeping old config", loud)
+        elif loud or self._seen != self._applied or self._reported:
+            self._put(found, self._seen)
+
+    def _refuse(self, reason: str, loud: bool) -> None:
+        """Keep what is in force; say why, once per content."""
+        if loud or self._reported != (self._seen, reason):
+            log_reload.error("config reload: %s", reason)
+        self._reported = self._seen, reason
+
+    # -- applying
+
+    def _put(self, loaded: Loaded, digest: bytes) -> None:
+        before, self.loaded = self.loaded, loaded
+        self._applied, self._reported = digest, None
+        self.server.sources.reloaded(time.time())
+        if loaded.settings == before.settings and loaded.warnings == before.warnings:
+            return
+        old, new = before.settings, loaded.settings
+        hot = describe_hot(old, new)
+        level = self._level_of(new.general.log_level) if old.general.log_level != new.general.log_level else LogBook.threshold
+        LogBook.threshold, last = min(LogBook.threshold, LogBook.threshold if level is None else level), LogBook.threshold
+        for text in describe_restart(old, new):
+            log_reload.warn("config reload: %s", text)
+        closed = self.server.apply(new)
+        for text in (*hot, *(f"closed {count} connections of user {name}" for name, count in closed.items())):
+            log_reload.info("config reload: %s", text)
+        if level is None:
+            log_reload.info("config reload: log_level ignored: RUST_LOG or the command line has set it")
+        self._warn(before)
+        for name in sorted(new.access.users.keys() - old.access.users.keys()):
+            print_new_user(self.server, name)
+        LogBook.threshold = last if level is None else level
+
+    def _warn(self, before: Loaded) -> None:
+        """Advice of the loader that was not there before."""
+        access = self.loaded.settings.access
+        told = {*before.warnings, *zero_limit_warnings(access)}
+        for text in (*(text for text in self.loaded.warnings if text not in told), *zero_limit_warnings(access, before.settings.access)):
+            log_reload.warn("%s", text)
+        for text in self.loaded.errors:
+            if text not in before.errors:
+                log_reload.error("%s", text)
+
+
+def _read_and_load(path: str) -> tuple[Reading, Loaded | OSError | ConfigError]:
+    """For a helper thread: the file once nobody writes it any more, and what it means or why it means nothing."""
+    reading = read_stable(path, time.sleep)
+    try:
+        return reading, load_reading(reading)
+    except (OSError, ConfigError) as error:
+        return reading, error
+
+
+def _os_text(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.strerror} (os error {error.errno})"
+    return str(error)
+
+
 # -- the seam to the control plane
 
 class Control:
@@ -9876,9 +10250,10 @@ class Control:
     Settings, counters and users are published whole and only read: the loop thread replaces or adds, nobody locks.
     """
 
-    def __init__(self, server: Server, config_path: str) -> None:
+    def __init__(self, server: Server, reloader: Reloader) -> None:
         self._server = server
-        self.config_path = os.path.abspath(config_path)
+        self._reloader = reloader
+        self.config_path = reloader.path
         self.started_at = server.loop.clock()
         self.started_wall = time.time()
         self.sources = server.sources
@@ -9959,7 +10334,7 @@ class Control:
 
         files: path -> content that it was read from, main file first: the watcher need not read them again.
         """
-        self.ask(functools.partial(self._server.reload, loaded), timeout_s)
+        self.ask(functools.partial(self._reloader.apply, loaded, files), timeout_s)
 
     def reset_quota(self, name: str, timeout_s: float = 10.0) -> int:
         """Set the used octets of a user to 0 and write that down; returns the time, unix seconds.
@@ -9986,6 +10361,7 @@ class Control:
 
 
 log_server: Final = Log("server")
+log_reload: Final = Log("config")
 log_links: Final = Log("links")
 
 
@@ -10958,6 +11334,13 @@ def chosen_level(argument: str, configured: str) -> Level | int:
     return _LEVELS[argument or configured]
 
 
+def hot_level(argument: str, configured: str) -> Level | None:
+    """Threshold of a `general.log_level` that a reload brings; None when RUST_LOG or the command line has the say."""
+    rust = os.environ.get("RUST_LOG")
+    pinned = argument or (rust is not None and parse_rust_log(rust) is not None)
+    return None if pinned else _LEVELS[configured]
+
+
 def parse_rust_log(text: str) -> int | None:
     """Threshold of a RUST_LOG value: its bare level, else the one for `telemt`; empty = errors; None = not understood."""
     if not text.strip():
@@ -11002,8 +11385,8 @@ def hash_with_openssl() -> None:
         importlib.reload(hashlib)
 
 
-def arm_signals(loop: Loop, stop: Callable[[], None]) -> None:
-    """First SIGINT or SIGTERM: stop in order; a second one kills.  SIGHUP never kills."""
+def arm_signals(loop: Loop, stop: Callable[[], None], hang_up: Callable[[], None]) -> None:
+    """First SIGINT or SIGTERM: stop in order; a second one kills.  SIGHUP reloads, an early one as soon as the loop turns."""
     def leave(*_: object) -> None:
         os._exit(0)
 
@@ -11017,7 +11400,7 @@ def arm_signals(loop: Loop, stop: Callable[[], None]) -> None:
     signal.signal(signal.SIGALRM, leave)
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.on_signal(signum, on_stop)
-    loop.on_signal(signal.SIGHUP, lambda *_: log_cli.warn("SIGHUP ignored: this version reads its configuration only at start"))
+    loop.on_signal(signal.SIGHUP, lambda *_: loop.call_from_thread(hang_up))
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
@@ -11089,7 +11472,7 @@ def missing_parts(settings: Settings) -> list[str]:
     return found
 
 
-def start_control_plane(server: Server, config_path: str) -> Callable[[], None]:
+def start_control_plane(server: Server, reloader: Reloader) -> Callable[[], None]:
     """Start API and metrics where the configuration wants them; without telemt_api.py the proxy runs on (platform.md 2).
 
     Returns what stops them; it takes at most a second.
@@ -11102,7 +11485,7 @@ def start_control_plane(server: Server, config_path: str) -> Callable[[], None]:
     except ImportError as error:
         log_cli.warn("control plane not started: %s is missing", error.name)
         return lambda: None
-    stop: Callable[[], None] = module.start(Control(server, config_path))
+    stop: Callable[[], None] = module.start(Control(server, reloader))
     return stop
 
 
@@ -11145,26 +11528,25 @@ def run(arguments: Arguments) -> int:
             return 1
         complain(f"[telemt] Created default config at {path}")
     try:
-        loaded = load_config(path)
+        reading = read_config(os.path.abspath(path))
+        loaded = load_reading(reading)
     except OSError as error:
         complain(f"[telemt] Error: {path}: {error.strerror} (os error {error.errno})")
         return 1
     except ConfigError as error:
         complain(f"[telemt] {'Invalid config' if error.invalid else 'Error'}: {error}")
         return 1
-    config_path = path
     with contextlib.suppress(OSError):         # our directory may be gone
-        config_path = os.path.abspath(path)
         if os.getcwd() == "/":                 # a service manager's default: relative state files belong beside the config
             os.chdir(os.path.dirname(os.path.abspath(path)))
     try:
-        return serve(loaded, arguments, config_path)
+        return serve(loaded, reading, arguments)
     finally:
         if isinstance(LogBook.sink, LogSink):
             LogBook.sink.close()
 
 
-def serve(loaded: Loaded, arguments: Arguments, config_path: str) -> int:
+def serve(loaded: Loaded, reading: Reading, arguments: Arguments) -> int:
     """Open everything in the order of config.md 8 item 13 and turn the loop."""
     settings = loaded.settings
     if sys.stdout is None:                     # started with it closed
@@ -11177,7 +11559,9 @@ def serve(loaded: Loaded, arguments: Arguments, config_path: str) -> int:
     sink = LogSink(sys.stdout.fileno(), colors, sys.stdout.encoding, loop)
     LogBook.sink, LogBook.now, LogBook.threshold = sink, time.monotonic, Level.INFO
     server: Server | None = None
-    arm_signals(loop, lambda: server.stop() if server is not None else loop.stop())
+    reloader: Reloader | None = None
+    arm_signals(loop, lambda: server.stop() if server is not None else loop.stop(),
+                lambda: reloader.hang_up() if reloader is not None else None)
     try:
         backend = pick_backend(os.environ.get("TELEMT_CRYPTO", ""), log_cli.debug)
     except ConfigError as error:
@@ -11192,13 +11576,15 @@ def serve(loaded: Loaded, arguments: Arguments, config_path: str) -> int:
     print_facts(server)
     for text in missing_parts(settings):
         log_cli.warn("%s", text)
-    stop_control_plane = start_control_plane(server, config_path)
+    reloader = Reloader(server, loaded, reading, arguments.config, functools.partial(hot_level, arguments.level))
+    stop_control_plane = start_control_plane(server, reloader)
     if not open_with_links(server):
         return 1
     LogBook.threshold = threshold
     server.masks.observer.flush()
     server.accept()
     server.upstreams.start()
+    reloader.start()
     gc.collect()
     gc.freeze()                                # what lives as long as the process need not be walked again
     loop.run()

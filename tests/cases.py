@@ -26,6 +26,14 @@ def settings_of(text):
     return telemt.parse_settings(telemt.parse_document(text), telemt.Draws(lambda: 1500)).settings
 
 
+def control_of(server, path):
+    """A Control of a server that was started with the file at `path`, which need not exist."""
+    text = f'[access.users]\nalice = "{SECRET}"\n'
+    loaded = telemt.parse_settings(telemt.parse_document(text), telemt.Draws(lambda: 1500))
+    reading = telemt.Reading({path: text.encode()}, {path: ()}, text, None)
+    return telemt.Control(server, telemt.Reloader(server, loaded, reading, "config.toml", lambda word: None))
+
+
 class FakePoller:
     """Readiness comes from the test: `ready` is what the next poll returns."""
 

@@ -10,6 +10,7 @@ import pytest
 
 import telemt
 from telemt import ConfigError, Loaded, Reload, Settings
+from tests.cases import settings_of
 
 VECTOR = json.loads((Path(__file__).parent / "vectors" / "config-defaults.json").read_text(encoding="utf-8"))
 SECRET = "00112233445566778899aabbccddeeff"
@@ -769,3 +770,98 @@ def test_diff() -> None:
         ("server.port", Reload.RESTART_OURS), ("server.listeners", Reload.RESTART), ("access.user_data_quota", Reload.HOT)]
     assert (changes[3].old, changes[3].new) == (443, 80)
     assert telemt.diff_settings(old, load("").settings) == ()
+
+
+# -- what a reload does and says
+
+
+def reloaded(old, new, users=f'[access.users]\nalice = "{SECRET}"\n'):
+    """(restart lines, hot lines) of a change from one text to the other."""
+    pair = [settings_of(text if "[access.users]" in text else text + "\n" + users) for text in (old, new)]
+    return telemt.describe_restart(*pair), telemt.describe_hot(*pair)
+
+
+@pytest.mark.parametrize(("old", "new", "line"), [
+    ("[server]\nport = 443", "[server]\nport = 8443", "server.port changed (443 → 8443)"),
+    ("", "[server.api]\nenabled = true\nread_only = true", "server.api changed"),
+    ("", '[censorship]\ntls_domain = "a.b"', "censorship.tls_domain changed ('petrovich.ru' → 'a.b')"),
+    ("[network]\nprefer = 4", "[network]\nipv6 = true\n", "network.ipv4/ipv6 changed"),
+    ("", "[general]\nuse_middle_proxy = false", "use_middle_proxy changed"),
+    ("", "[general]\nstun_nat_probe_concurrency = 3", "general.stun_nat_probe_concurrency changed"),
+    ("", "[general]\nupstream_connect_retry_attempts = 3\nrpc_proxy_req_every = 20", "general.upstream_* changed"),
+    ("", '[[upstreams]]\ntype = "direct"\nweight = 3', "upstreams changed"),
+    ("", '[[server.listeners]]\nip = "127.0.0.1"', "server.listeners changed"),
+    ("", '[server]\nlisten_addr_ipv4 = "127.0.0.1"', "server.listen_addr_ipv4 changed"),
+    ("", "[timeouts]\ntg_connect = 3", "timeouts.tg_connect changed"),
+])
+def test_what_waits_for_a_restart_is_named(old, new, line):
+    assert reloaded(old, new) == ([f"{line}; restart required"], [])
+
+
+@pytest.mark.parametrize(("old", "new", "line"), [
+    ("", '[general]\nlog_level = "debug"', "log_level: 'normal' → 'debug'"),
+    ("", f'[access.user_ad_tags]\nalice = "{SECRET}"', "user_ad_tags updated (1 entries)"),
+    ("", '[network]\ndns_overrides = ["a.b:1:1.2.3.4"]', "network.dns_overrides updated (1 entries)"),
+    ("", "[access.user_max_tcp_conns]\nalice = 1\nbob = 2", "user_max_tcp_conns updated (2 entries)"),
+    ('[access.user_expirations]\nalice = "2030-01-01T00:00:00Z"', "", "user_expirations updated (0 entries)"),
+    ("", "[access.user_data_quota]\nalice = 1", "user_data_quota updated (1 entries)"),
+    ("", "[access.user_max_unique_ips]\nalice = 1", "user_max_unique_ips updated (1 entries)"),
+    ("", "[access.user_enabled]\nalice = false\nbob = true", "user_enabled updated (1 disabled overrides)"),
+    ("", f'[general]\nad_tag = "{SECRET}"', "general.ad_tag updated (applied on next connection)"),
+    ("", "[general]\ndesync_all_full = true", "desync_all_full: false → true"),
+    ("", "[general]\nhardswap = false", "hardswap: true → false"),
+    ("", "[general]\nupdate_every = 60", "update_every(effective): 300s → 60s"),
+    ("", "[general]\nproxy_secret_auto_reload_secs = 100", "update_every(effective): 300s → 100s"),
+    ("", "[general]\nme_pool_drain_ttl_secs = 60", "me_pool_drain_ttl_secs: 90s → 60s"),
+    ("", "[general]\nme_reinit_drain_timeout_secs = 0", "me_reinit_drain_timeout_secs: 120s → 0s"),
+    ("", "[general]\nme_pool_min_fresh_ratio = 0.5", "me_pool_min_fresh_ratio: 0.800 → 0.500"),
+    ("", "[general]\nme_keepalive_interval_secs = 25\nme_keepalive_jitter_secs = 5",
+     "me_keepalive: enabled=true interval=25s jitter=5s random_payload=true"),
+    ("", '[general.telemetry]\ncore_enabled = false\nme_level = "silent"',
+     "telemetry: core_enabled=false user_enabled=true me_level=silent"),
+    ("", '[general]\nme_socks_kdf_policy = "compat"', "me_socks_kdf_policy: Strict → Compat"),
+    ("", '[general]\nme_floor_mode = "static"', "me_floor: mode=Static idle=90s min_single=1 recover_grace=180s"),
+    ("", "[general]\nme_route_backpressure_high_timeout_ms = 200", "me_route_backpressure: base=25ms high=200ms watermark=80%"),
+    ("", "[general]\nfast_mode = false", "general.fast_mode: true → false"),
+    ("", '[general.links]\npublic_host = "h"', "general.links.public_host: none → 'h'"),
+    ("", '[general.links]\nshow = ["alice", "bob"]', "general.links.show: '*' → ['alice', 'bob']"),
+    ("", '[dc_overrides]\n2 = "1.2.3.4:443"', "dc_overrides: {203: ['91.105.192.100:443']} → "
+                                              "{2: ['1.2.3.4:443'], 203: ['91.105.192.100:443']}"),
+    ("", '[server]\nproxy_protocol_trusted_cidrs = ["10.0.0.0/8"]', "server.proxy_protocol_trusted_cidrs: none → [10.0.0.0/8]"),
+    ("", "[general]\nauto_degradation_enabled = false", "general.auto_degradation_enabled: true → false"),
+    ("", '[censorship]\nmask_host = "m.example"', "censorship.mask_host: 'petrovich.ru' → 'm.example'"),
+])
+def test_what_is_in_force_at_once_is_named(old, new, line):
+    assert reloaded(old, new) == ([], [line])
+
+
+def test_users_are_named_last_and_sorted():
+    def users(**secrets):
+        return "[access.users]\n" + "".join(f'{name} = "{secret * 32}"\n' for name, secret in secrets.items())
+    assert reloaded(users(a="1", b="1", c="1", d="1"), "[general]\nhardswap = false\n" + users(z="1", y="1", a="2", b="2", d="1"))[1] == [
+        "hardswap: true → false", "users added: [y, z]", "users removed: [c]", "users secret changed: [a, b]"]
+
+
+@pytest.mark.parametrize("text", ["[access]\nreplay_check_len = 5\nreplay_window_secs = 9\nignore_time_skew = true",
+                                  "[general]\nntp_check = false\nmiddle_proxy_pool_size = 3", "[x]\ny = 1", ""])
+def test_some_changes_are_not_told(text):
+    assert reloaded("", text) == ([], [])
+
+
+def test_a_reload_publishes_only_what_it_applies():
+    old = settings_of("[server]\nport = 1\n")
+    new = settings_of('[server]\nport = 2\n[general]\nfast_mode = false\n[timeouts]\nclient_ack = 7\ntg_connect = 7\n'
+                      '[censorship]\nmask_port = 9\n')
+    merged = telemt.merge_hot(old, new)
+    assert (merged.server.port, merged.timeouts.tg_connect) == (1, 10)
+    assert (merged.general.fast_mode, merged.timeouts.client_ack, merged.censorship.mask_port) == (False, 7, 9)
+    assert telemt.merge_hot(merged, old) == old
+
+
+def test_a_mask_host_that_follows_the_domain_waits_with_it():
+    """Masking towards the new site while the old one's certificate is shown would give us away."""
+    old, new = settings_of('[censorship]\ntls_domain = "a.b"'), settings_of('[censorship]\ntls_domain = "c.d"')
+    assert telemt.merge_hot(old, new).censorship.mask_host == "a.b"
+    assert reloaded('[censorship]\ntls_domain = "a.b"', '[censorship]\ntls_domain = "c.d"')[1] == []
+    explicit = settings_of('[censorship]\ntls_domain = "c.d"\nmask_host = "e.f"')
+    assert telemt.merge_hot(old, explicit).censorship.mask_host == "e.f"
