@@ -23,7 +23,7 @@ contents; tools/house_check.py keeps this map true.  Missing numbers are rooms o
   13  loop        io    <- 1               poller, timers, signals, helper threads
   14  streams     io    <- 1 3 7 8 13      sockets; Arena and flows: where bytes move
   15  upstreams   io    <- 1 2 8 10 13 14  data-centre addresses, ways out and their health, connect cycles
-  17  masking     io    <- 1-3 7 8 10 13 14    strangers see the real site; our ServerHello looks like its own
+  17  masking     io    <- 1-3 7 8 10 13-15    strangers see the real site; our ServerHello looks like its own
   18  relay       io    <- 1 11 13 14      a session that has both its ends
   19  session     io    <- 1 2 4 6-8 10 11 13-15 17 18   from accept to a relay
   20  server      io    <- 1-3 10 11 13-15 17-19    listeners, places, sweep, reload, links, stop, the seam to telemt_api.py
@@ -7784,6 +7784,7 @@ MASK_CONNECT_S: Final = 5.0              # name, addresses, connecting: all toge
 MASK_SILENCE_S: Final = 120.0            # no byte in either direction
 MASK_ENDING_S: Final = 30.0              # the same once one side has ended
 _MASK_RETRY_S: Final = 0.05              # the backlog of a unix socket was full
+_LOOP: Final = "Mask target is this proxy"
 _LAST_WORDS: Final = 16                  # reads of what a side said before it reset the connection
 
 
@@ -7829,7 +7830,7 @@ class Masks:
         if loops:
             if self._loop_seen.ready():
                 log_masking.error("Mask target is this proxy", target=target if isinstance(target, str) else format_address(*target))
-            raise RouteError("Mask target is this proxy", hard=True)
+            raise RouteError(_LOOP, hard=True)
 
 
 class MaskStream(Stream):
@@ -8177,6 +8178,69 @@ class Abortable(Protocol):
 
 
 Connect: TypeAlias = "Callable[[Callable[[Stream | RouteError], None]], Abortable]"
+
+
+class FrontDial:
+    """A connection for a probe: as strangers get theirs, and where that fails once more through the upstreams (tls-front.md D6).
+
+    That counts as a connect, but says nothing about the upstreams' health.  done(stream or RouteError) is called once, after
+    this returned; the error is that of the direct way.
+    """
+
+    __slots__ = ("_masks", "_upstreams", "_cert", "_done", "_way", "_timer", "_error")
+
+    def __init__(self, masks: Masks, upstreams: Upstreams, settings: Settings, done: Callable[[Stream | RouteError], None]) -> None:
+        self._masks, self._upstreams, self._cert = masks, upstreams, settings.censorship
+        self._done: Callable[[Stream | RouteError], None] | None = done
+        self._timer: Timer | None = None
+        self._error = RouteError("")
+        self._way: Abortable | None = MaskDial(masks, self._cert, None, self._on_direct)
+
+    def abort(self) -> None:
+        """Nobody waits any more."""
+        self._done = None
+        if self._way is not None:
+            self._way.abort()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def on_crash(self) -> None:
+        """Our own error in a step."""
+        self._finish(RouteError("internal error"))
+
+    def _on_direct(self, result: Stream | RouteError) -> None:
+        self._way = None
+        # A plain direct upstream is the way that has just failed; a unix socket is on this machine, and so are we.
+        detour = any(route.kind != "direct" or route.entry.interface or route.entry.bind_addresses for route in self._upstreams.routes)
+        if isinstance(result, Stream) or not detour or self._cert.mask_unix_sock or str(result) == _LOOP:
+            self._finish(result)
+            return
+        self._error = result
+        self._masks.resolver.lookup(self._cert.mask_host or self._cert.tls_domain, self._cert.mask_port, self._on_names)
+
+    def _on_names(self, result: list[str] | Exception) -> None:
+        if self._done is None:
+            return
+        if isinstance(result, Exception):
+            self._finish(self._error)
+            return
+        self._timer = self._masks.loop.call_later(MASK_CONNECT_S, self._on_late)
+        self._way = self._upstreams.connect([(ip, self._cert.mask_port) for ip in result], self._on_detour, blame=False)
+
+    def _on_late(self) -> None:
+        self._finish(self._error)
+
+    def _on_detour(self, result: Connected | RouteError) -> None:
+        self._way = None
+        self._finish(self._error if isinstance(result, RouteError) else result.stream)
+
+    def _finish(self, result: Stream | RouteError) -> None:
+        done = self._done
+        self.abort()
+        if done is not None:
+            self._masks.loop.call(done, result)
+        elif isinstance(result, Stream):
+            result.close()
 
 
 class Probe:
@@ -9638,14 +9702,11 @@ class Server:
         self.places.spare = SpareDescriptor(loop.mailbox.fd)
         self.handshakes = Handshakes(loop, settings, self.places.cap)
         self.masks = Masks(loop, self.arena, self.resolver, Observer(loop, settings), self.places.cap, self.ended)
-        self.fronts = FrontProfiles(settings, loop, functools.partial(backend.x25519_public, os.urandom), os.urandom, self._dial_mask)
+        self.fronts = FrontProfiles(settings, loop, functools.partial(backend.x25519_public, os.urandom), os.urandom,
+                                    functools.partial(FrontDial, self.masks, self.upstreams))
         self.sources.beobachten = self.masks.observer.text
         self.sources.upstreams, self.sources.path = self.upstreams.rows, self.upstreams.network_path
         self.sweep = Sweep(loop)
-
-    def _dial_mask(self, settings: Settings, done: Callable[[Stream | RouteError], None]) -> MaskDial:
-        """A connection to the mask host that no client asked for."""
-        return MaskDial(self.masks, settings.censorship, None, done)
 
     def open_listeners(self) -> Iterator[tuple[ListenerEntry, int]]:
         """Bind every configured TCP listener, one a step; yield the ones that work, with their real port."""

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -275,3 +276,38 @@ def test_the_own_port_as_mask_host_is_not_asked(rig: Rig) -> None:
     with socket.create_connection(("127.0.0.1", port)):
         pass
     rig.client().req_pq()
+
+
+def socks5(turned: dict[int, int]) -> sites.Host:
+    """A SOCKS5 server without login; `turned` sends a port somewhere else on this machine."""
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65_536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def serve(sock: socket.socket) -> None:
+        assert sock.recv(2) == b"\x05\x01" and sock.recv(1) == b"\0"
+        sock.sendall(b"\5\0")
+        head = sock.recv(10, socket.MSG_WAITALL)
+        assert head[:4] == b"\5\1\0\1", head
+        port = int.from_bytes(head[8:], "big")
+        with socket.create_connection((socket.inet_ntoa(head[4:8]), turned.get(port, port)), timeout=30) as far:
+            sock.sendall(b"\5\0\0\1\0\0\0\0\0\0")
+            thread = threading.Thread(target=pump, args=(sock, far), daemon=True)
+            thread.start()
+            pump(far, sock)
+            thread.join(30)
+    return sites.Host(serve)
+
+
+@OPENSSL
+def test_a_host_that_only_an_upstream_reaches(rig: Rig) -> None:
+    """Direct is refused; through the upstream it is the same host, and the upstream's health does not hear of it."""
+    certificate, dead = sites.make_certificate(rig.folder / "certificates", "ec"), free_port()
+    with sites.openssl_host(certificate) as host, socks5({dead: host.port}) as server:
+        config = {**fronted(dead), "upstreams": [{"type": "socks5", "address": f"127.0.0.1:{server.port}"}]}
+        proxy = rig.proxy(config)
+        assert profile(proxy)["profile"]["group"] == MLKEM
+        rig.client(shares=(MLKEM, X25519)).req_pq()
+        assert not proxy.log("fetch failed|unhealthy")
