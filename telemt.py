@@ -8966,12 +8966,12 @@ class Handshakes:
     def apply(self, settings: Settings) -> None:
         """Take a new `timeouts.client_handshake` for connections to come."""
         seconds = settings.timeouts.client_handshake
+        gate_s = min(_PROXY_HEADER_S, seconds)
+        if gate_s not in self._gates:          # before the other: where both are due, the missing header is the reason
+            self._gates[gate_s] = self.loop.lane(gate_s, ProxyGate.on_deadline)
         if seconds not in self._lanes:
             self._lanes[seconds] = self.loop.lane(seconds, ClientSession.on_deadline)
         self._lane = self._lanes[seconds]
-        gate_s = min(_PROXY_HEADER_S, seconds)
-        if gate_s not in self._gates:
-            self._gates[gate_s] = self.loop.lane(gate_s, ProxyGate.on_deadline)
         self.gates = self._gates[gate_s]
 
     def arm(self, session: ClientSession) -> None:

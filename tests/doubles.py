@@ -381,15 +381,15 @@ class Client(Peer):
 
     def __init__(self, port: int, user: str = "alice", mode: str = "tls", transport: str = "", dc: int = 2, *, host: str = "127.0.0.1",
                  secret: bytes = b"", source: str = "", record: int = CLIENT_RECORD, dribble: bool = False, rcvbuf: int = 0,
-                 hello: bytes = b"", header: bytes = b"", timeout: float = 20.0, **shape: Any) -> None:
-        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+                 hello: bytes = b"", header: bytes = b"", timeout: float = 20.0, path: str = "", **shape: Any) -> None:
+        sock = socket.socket(socket.AF_UNIX if path else socket.AF_INET6 if ":" in host else socket.AF_INET)
         sock.settimeout(timeout)
         if rcvbuf:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
         if source:
             sock.bind((source, 0))
         try:
-            sock.connect((host, port))
+            sock.connect(path or (host, port))
         except OSError:
             sock.close()
             raise
@@ -883,6 +883,10 @@ class Rig:
         """A client that has connected to the last proxy and said nothing."""
         self.clients.append(Client(options.pop("port", 0) or self.proxies[-1].port, user, mode, transport, dc, **options))
         return self.clients[-1]
+
+    def local(self, path: str, **options: Any) -> Client:
+        """The same through a unix socket."""
+        return self.dial(path=path, **options)
 
     def client(self, user: str = "alice", mode: str = "tls", transport: str = "", dc: int = 2, **options: Any) -> Client:
         """A client that has sent its header."""
