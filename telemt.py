@@ -9707,6 +9707,7 @@ class Server:
         self.sources.beobachten = self.masks.observer.text
         self.sources.upstreams, self.sources.path = self.upstreams.rows, self.upstreams.network_path
         self.sweep = Sweep(loop)
+        self.quotas = QuotaState(loop, self.doorman.users, settings.general.quota_state_path)
 
     def open_listeners(self) -> Iterator[tuple[ListenerEntry, int]]:
         """Bind every configured TCP listener, one a step; yield the ones that work, with their real port."""
@@ -9768,7 +9769,10 @@ class Server:
         gone = {user for user, (secret, enabled) in before.items()
                 if now.get(user.name) is not user or user.secret != secret or enabled > user.enabled}
         self.sweep.look_again()
-        return self._end_sessions(gone)
+        closed = self._end_sessions(gone)
+        if any(now.get(user.name) is not user and (user.used or user.reset_wall) for user in gone):
+            self.quotas.touch()                # their entries go
+        return closed
 
     def _end_sessions(self, users: set[User]) -> dict[str, int]:
         """Close what authenticated as one of `users`; return user name -> how many."""
@@ -9831,6 +9835,7 @@ class Server:
     def quota_reached(self, user: User) -> bool:
         """`user.used` came to `user.mark`: True if its quota is used up."""
         user.mark = user.quota
+        self.quotas.touch()
         return user.used >= user.quota
 
     def ended(self, owner: Connection) -> None:
@@ -10158,6 +10163,186 @@ def print_new_user(server: Server, name: str) -> None:
     log_links.info("--------------------")
 
 
+# -- quota state (config.md 2.11)
+
+_QUOTA_FLUSH_S: Final = 60.0             # what a crash may lose
+_QUOTA_FILE_MAX: Final = 64 << 20        # bytes; a hundred per user
+_QUOTA_CLOSE_S: Final = 1.5              # the last write waits so long for the one before it
+
+Usage: TypeAlias = "tuple[str, int, int]"         # user, used octets, unix seconds of the last reset
+
+
+def parse_quota_state(data: bytes) -> dict[str, tuple[int, int]]:
+    """Return user -> (used octets, unix seconds of the last reset).  Raises ValueError for what is not of this form."""
+    import json
+    try:
+        users = json.loads(data)["users"]
+        found = {name: (entry.get("used_bytes", 0), entry.get("last_reset_epoch_secs", 0)) for name, entry in users.items()}
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"no quota state: {error!r}") from None
+    for pair in found.values():
+        for number in pair:
+            if type(number) is not int or not 0 <= number < 1 << 64:
+                raise ValueError("a number is no count")
+    return found
+
+
+def render_quota_state(usage: Iterable[Usage]) -> bytes:
+    """The file for these users; who used nothing and was never reset is left out."""
+    import json
+    users = {name: {"used_bytes": used, "last_reset_epoch_secs": reset} for name, used, reset in sorted(usage) if used or reset}
+    last = max((entry["last_reset_epoch_secs"] for entry in users.values()), default=0)
+    return (json.dumps({"last_reset_epoch_secs": last, "users": users}, indent=2, ensure_ascii=False) + "\n").encode(errors="replace")
+
+
+def write_quota_file(path: str, data: bytes) -> None:
+    """Put the state at `path` in one step, readable by its owner only; a symlink there is replaced.  Raises OSError."""
+    directory, name = os.path.split(path)
+    os.makedirs(directory, exist_ok=True)
+    draft = os.path.join(directory, f".{name}.tmp-{int.from_bytes(os.urandom(8), 'big')}")
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "wb", buffering=0) as file:
+            view = memoryview(data)
+            while view:
+                view = view[file.write(view):]
+            os.fsync(fd)
+        os.replace(draft, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+        raise
+    with contextlib.suppress(OSError):                     # some file systems cannot
+        directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory_fd)
+        finally:
+            os.close(directory_fd)
+
+
+class QuotaState:
+    """Keeps used octets over a restart, where a file is configured.
+
+    Nothing counts here: a relay that moves the first byte since the last write comes by (`User.mark`), and 60 s later the
+    numbers are taken and written by a helper thread.  So at rest no timer runs, and no chunk pays for it.
+    """
+
+    def __init__(self, loop: Loop, users: UserTable, path: str | None) -> None:
+        self.loop, self.users = loop, users
+        self.path = os.path.abspath(path) if path else None
+        self._timer: Timer | None = None
+        self._writing = False
+        self._warned = False
+        self._taken = self._written = 0                    # numbers of snapshots: an older one never replaces a newer
+        if path:
+            import threading
+            self._lock = threading.Lock()
+
+    def load(self) -> None:
+        """Give the users what they had used; before the first of them comes in."""
+        if self.path is None:
+            return
+        try:
+            data = self._read(self.path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            log_server.warn("Failed to read quota state file", path=self.path, error=f"{error.strerror} (os error {error.errno})")
+            return
+        try:
+            found = parse_quota_state(data)
+        except ValueError as error:
+            log_server.warn("Failed to parse quota state file", path=self.path, error=error)
+            with contextlib.suppress(OSError):
+                os.replace(self.path, f"{self.path}.bad")
+            return
+        known = [user for user in self.users if user.name in found]
+        for user in known:
+            user.used, user.reset_wall = found[user.name]
+        log_server.info("Loaded per-user quota state", path=self.path, loaded_users=len(known))
+
+    def touch(self) -> None:
+        """Something is not written yet."""
+        if self.path is not None and self._timer is None:
+            self._timer = self.loop.call_later(_QUOTA_FLUSH_S, self._on_timer)
+
+    def reset(self, user: User) -> Callable[[], None]:
+        """Set the used octets of a user to 0; returns what writes that down, for another thread.  It raises OSError."""
+        user.used, user.reset_wall = 0, int(time.time())
+        if self.path is None:
+            return lambda: None
+        save = self._take()
+
+        def write() -> None:
+            try:
+                save()
+            except OSError:
+                self.loop.call_from_thread(self.touch)     # the reset is in force: try again
+                raise
+        return write
+
+    def close(self) -> None:
+        """Write what is not written yet; the loop has ended."""
+        if self.path is not None and (self._timer is not None or self._writing):
+            try:
+                self._take()()
+            except OSError as error:
+                self._complain(error)
+
+    def _read(self, path: str) -> bytes:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            data = file.read(_QUOTA_FILE_MAX + 1)
+        if len(data) > _QUOTA_FILE_MAX:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        return data
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        if self._writing:                                  # the disk is that slow
+            self.touch()
+            return
+        self._writing = True
+        self.loop.offload(self._take(), self._on_written)
+
+    def _take(self) -> Callable[[], None]:
+        """Note the numbers of this moment; returns what writes them, for any thread.  It raises OSError."""
+        assert self.path is not None
+        path, self._taken = self.path, self._taken + 1
+        number, usage = self._taken, [(user.name, user.used, user.reset_wall) for user in self.users]
+        for user in self.users:
+            user.mark = 0                                  # the next byte is news
+
+        def save() -> None:
+            if not self._lock.acquire(timeout=_QUOTA_CLOSE_S):
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            try:
+                if number > self._written:
+                    write_quota_file(path, render_quota_state(usage))
+                    self._written = number
+            finally:
+                self._lock.release()
+        return save
+
+    def _on_written(self, result: Exception | None) -> None:
+        self._writing = False
+        if isinstance(result, OSError):
+            self._complain(result)
+            self.touch()
+        elif result is not None:
+            raise result
+        else:
+            self._warned = False
+
+    def _complain(self, error: OSError) -> None:
+        """Once until a write succeeds again; limits go on working in memory."""
+        if not self._warned:
+            log_server.warn("Failed to write quota state file", path=self.path, error=f"{error.strerror} (os error {error.errno})")
+        self._warned = True
+
+
 # -- reload (config.md 4, 8 items 1-5)
 
 _LOOK_S: Final = 1.0                     # period of stat(); the spec's, and the shortest that an idle process may have
@@ -10402,11 +10587,14 @@ class Control:
 
         Raises KeyError for an unknown user, OSError when the state file cannot be written (the reset is in force), TimeoutError.
         """
-        def reset() -> int:
+        def reset() -> tuple[int, Callable[[], None]]:
             user = self.users[name]
-            user.used, user.reset_wall = 0, int(time.time())
-            return user.reset_wall
-        return self.ask(reset, timeout_s)
+            save = self._server.quotas.reset(user)
+            return user.reset_wall, save
+
+        reset_wall, save = self.ask(reset, timeout_s)
+        save()
+        return reset_wall
 
     # -- links
 
@@ -11526,8 +11714,6 @@ def print_facts(server: Server) -> None:
 def missing_parts(settings: Settings) -> list[str]:
     """Warnings about configured features that this version does not have yet: never fail silently."""
     found = []
-    if settings.general.quota_state_path:
-        found.append("general.quota_state_path: not part of this version, used octets begin at 0 with every start")
     if settings.general.event_loop == "uvloop":
         found.append('general.event_loop: "uvloop" is not part of this version, using auto')
     return found
@@ -11637,6 +11823,7 @@ def serve(loaded: Loaded, reading: Reading, arguments: Arguments) -> int:
     print_facts(server)
     for text in missing_parts(settings):
         log_cli.warn("%s", text)
+    server.quotas.load()
     reloader = Reloader(server, loaded, reading, arguments.config, functools.partial(hot_level, arguments.level))
     stop_control_plane = start_control_plane(server, reloader)
     if not open_with_links(server):
@@ -11649,6 +11836,7 @@ def serve(loaded: Loaded, reading: Reading, arguments: Arguments) -> int:
     gc.collect()
     gc.freeze()                                # what lives as long as the process need not be walked again
     loop.run()
+    server.quotas.close()
     stop_control_plane()
     return 0
 

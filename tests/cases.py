@@ -207,6 +207,7 @@ class FakeCore:
         self.masks.observer.note = lambda kind, ip: self.noted.append((kind, ip))
         self.half_closed = self.loop.lane(telemt.HALF_CLOSED_S, telemt.DirectRelay.on_half_closed_timeout)
         self.count_users = True
+        self.quotas = telemt.QuotaState(self.loop, self.doorman.users, None)
         self.owners, self.finished = set(), 0
 
     @property
