@@ -99,9 +99,11 @@ def test_write_fills_the_document(tmp_path):
     page.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("machine", "rows", "figures", "scaling")))
     found = {"rows": {"x": row(1.0)}, "machine": {"kernel": "Linux"}, "rounds": 5,
              "figures": {"compile_ms": 99.0, "pure_python_mb_per_s": 20.0, **{backend: figures(0.0) for backend in BACKENDS}},
-             "scaling": {"sessions": [1.0, 10.0], "s_per_gb": [0.3, 0.3], "us_per_trip": [30.0, 33.0]}}
+             "scaling": {"sessions": [1.0, 10.0], "s_per_gb": [0.3, 0.3], "us_per_trip": [30.0, 33.0],
+                         "bare_s_per_gb": [0.2, 0.3], "bare_us_per_trip": [20.0, 22.0]}}
     bench_report.write(found, tmp_path, BACKENDS)
     text = page.read_text()
-    assert "- kernel: Linux" in text and "| x |" in text and "20.0 MB/s" in text and "10% per event" in text
+    assert "- kernel: Linux" in text and "| x |" in text and "20.0 MB/s" in text and "per event 10%, of the ratio to the bare loop 0%" in text
+    assert "| 10 | 0.300 | 0.300 | 1.00 | 33.0 | 22.0 | 1.50 |" in text and "per byte 0%, of the ratio to the bare loop 50%" in text
     assert json.loads((tmp_path / "performance.json").read_text())["rounds"] == 5
     assert (tmp_path / "images" / "scaling.svg").read_text().lstrip().startswith("<?xml")

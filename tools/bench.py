@@ -99,7 +99,8 @@ class Proxy(Worker):
         numbers = [*range(peers.SOURCE, peers.SILENT + 1), *(peers.SHARE + count for count in sorted({64, *SCALES}))]
         lines = ["[general]", f"fast_mode = {str(fast).lower()}", "use_middle_proxy = false", "[general.modes]", "classic = true",
                  "secure = true", "tls = true", "[general.links]", "show = []", "[network]", "ipv6 = false", "[server]", "port = 0",
-                 "[[server.listeners]]", 'ip = "127.0.0.1"', "[access]", "replay_check_len = 200000", "[dc_overrides]"]
+                 "[[server.listeners]]", 'ip = "127.0.0.1"', "[censorship]", "mask = false", "tls_emulation = false",
+                 "[access]", "replay_check_len = 200000", "[dc_overrides]"]
         lines += [f'"{number}" = "127.0.0.1:{source_port if number == peers.SOURCE and source_port else dc_port}"' for number in numbers]
         lines += ["[access.users]", *(f'filler{n} = "{n + 2:032x}"' for n in range(users - 1)), f'bench = "{SECRET.hex()}"']
         path = folder / f"{backend}-{users}-{fast}-{source_port}.toml"
@@ -291,10 +292,16 @@ def jobs(quick: bool) -> list[Job]:
 # -- figures without a bare loop
 
 
-def parallel_ratio(rig: Rig, proxy: Proxy) -> tuple[float, float]:
-    """(s/GB of 64 parallel FakeTLS downloads, ratio to the single one)."""
+def parallel_costs(rig: Rig, proxy: Proxy) -> dict[str, float]:
+    """64 parallel FakeTLS downloads: s/GB, the ratio to the single one, and both again for a bare loop that does the same."""
     many, one = parallel(rig, proxy, proxy.port, "tls", 64), download(rig, proxy, proxy.port, "tls")
-    return many, many / one
+    bare_many, bare_one = (parallel(rig, rig.loops, rig.ports["many"], "bare", count) for count in (64, 1))
+    return {"s_per_gb": many, "ratio": many / one, "bare_ratio": bare_many / bare_one, "to_bare": many / bare_many}
+
+
+def medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each field."""
+    return {name: median(row[name] for row in rows) for name in rows[0]}
 
 
 def user_costs(rig: Rig, backend: str, count: int) -> dict[str, float]:
@@ -369,22 +376,36 @@ while True:
 """
 
 
-def slow_client(proxy: Proxy, seconds: float) -> dict[str, float]:
-    """A client behind 1 Mbit/s: CPU and growth of the proxy while it reads 12.5 KB every 100 ms."""
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
-    sock.connect(("127.0.0.1", proxy.port))
-    peers.shake_hands(sock, SECRET)
-    sock.sendall(record(peers.preamble(SECRET, peers.SOURCE)))
-    time.sleep(1.0)
+def slow_clients(proxy: Proxy, count: int, seconds: float) -> dict[str, float]:
+    """Clients behind 1 Mbit/s each: CPU and wake-ups of the proxy per client, and its growth, while they read 12.5 KB every 100 ms.
+
+    It begins when nothing moves any more, all buffers are full: from then on the proxy has to act whenever a third of the
+    kernel's send buffer is free again, which is every seven seconds.
+    """
+    socks = []
+    for _ in range(count):
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
+        sock.connect(("127.0.0.1", proxy.port))
+        peers.shake_hands(sock, SECRET)
+        sock.sendall(record(peers.preamble(SECRET, peers.SOURCE)))
+        socks.append(sock)
+    time.sleep(2.0)
     rss, cpu, wakes = proxy.status("VmRSS"), proxy.cpu_s(), proxy.status("voluntary_ctxt_switches")
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        sock.recv(12_500)
-        time.sleep(0.1)
-    found = {"cpu_ms_per_s": 1e3 * (proxy.cpu_s() - cpu) / seconds, "growth_kb": proxy.status("VmRSS") - rss,
-             "wakeups_per_s": (proxy.status("voluntary_ctxt_switches") - wakes) / seconds}
-    sock.close()
+    begin = time.perf_counter()
+    got, due = 0, begin
+    while due < begin + seconds:
+        for sock in socks:
+            want = 12_500
+            while want and (size := len(sock.recv(want))):
+                want -= size
+                got += size
+        due += 0.1
+        time.sleep(max(0.0, due - time.perf_counter()))
+    spent = count * (time.perf_counter() - begin)
+    found = {"cpu_ms_per_s": 1e3 * (proxy.cpu_s() - cpu) / spent, "growth_kb": proxy.status("VmRSS") - rss,
+             "wakeups_per_s": (proxy.status("voluntary_ctxt_switches") - wakes) / spent, "mbit_per_s": got * 8e-6 / spent}
+    close_all(socks)
     return found
 
 
@@ -399,14 +420,22 @@ def sparse(proxy: Proxy, count: int, rounds: int) -> dict[str, float]:
     return {"us": 1e6 * among, "ratio": among / alone}
 
 
-def scaling(rig: Rig, proxy: Proxy, scales: tuple[int, ...], trips: int) -> dict[str, list[float]]:
-    """Cost per byte and per event against the number of sessions."""
-    per_gb, per_trip = [], []
+def scaling(rig: Rig, proxy: Proxy, scales: tuple[int, ...], trips: int, rounds: int = 3) -> dict[str, list[float]]:
+    """Cost per byte and per event against the number of sessions, of the proxy and of bare loops at the same number, interleaved."""
+    found: dict[str, list[float]] = {name: [] for name in ("sessions", "s_per_gb", "bare_s_per_gb", "us_per_trip", "bare_us_per_trip")}
     for count in scales:
-        per_gb.append(median(parallel(rig, proxy, proxy.port, "tls", count) for _ in range(3)))
-        per_trip.append(1e6 * median(echoes(proxy, proxy.port, "tls", count, max(3, trips // count)) for _ in range(3)))
-        print(f"  {count:>5} sessions: {per_gb[-1]:.3f} s/GB, {per_trip[-1]:.1f} us per round trip", flush=True)
-    return {"sessions": list(map(float, scales)), "s_per_gb": per_gb, "us_per_trip": per_trip}
+        rows = []
+        for _ in range(rounds):
+            each = max(3, trips // count)
+            rows.append({"s_per_gb": parallel(rig, proxy, proxy.port, "tls", count),
+                         "bare_s_per_gb": parallel(rig, rig.loops, rig.ports["many"], "bare", count),
+                         "us_per_trip": 1e6 * echoes(proxy, proxy.port, "tls", count, each),
+                         "bare_us_per_trip": 1e6 * echoes(rig.loops, rig.ports["echo"], "bare", count, each)})
+        for name, value in medians(rows).items():
+            found[name].append(value)
+        found["sessions"].append(float(count))
+        print(f"  {count:>5} sessions: " + ", ".join(f"{name} {found[name][-1]:.3g}" for name in rows[0]), flush=True)
+    return found
 
 
 def pure_python_speed() -> float:
@@ -452,13 +481,11 @@ def figures(rig: Rig, quick: bool, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {"compile_ms": compile_ms(), "pure_python_mb_per_s": pure_python_speed()}
     for backend in BACKENDS:
         proxy = rig.proxy(backend)
-        pairs = [parallel_ratio(rig, proxy) for _ in range(rounds)]
-        row: dict[str, Any] = {"parallel_s_per_gb": median(cost for cost, _ in pairs),
-                               "parallel_ratio": median(ratio for _, ratio in pairs)}
+        row: dict[str, Any] = {"parallel": medians([parallel_costs(rig, proxy) for _ in range(rounds)])}
         row |= user_costs(rig, backend, 60 if quick else 150)
         row |= idle_costs(rig, backend, 500 if quick else 2000)
         row["fairness"] = fairness(rig, backend, 50 if quick else 200)
-        row["slow_client"] = slow_client(proxy, 2 if quick else 5)
+        row["slow_client"] = slow_clients(rig.proxy(backend), 5 if quick else 20, 3 if quick else 15)
         row["sparse"] = sparse(proxy, 1000 if quick else 2000, 100 if quick else 300)
         found[backend] = row
         print(f"  {backend}: " + json.dumps(row, default=float), flush=True)
