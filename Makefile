@@ -63,9 +63,11 @@ house: ## compare the section map with the code, and the other rules of the hous
 
 fuzz: $(STAMP) ## mutate the input of every parser, RUNS=100000 times each; ARGS='--target NAME'
 	"$(PY)" tools/fuzz.py --runs $(RUNS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+	SCHEMATHESIS_EXAMPLES=300 "$(PY)" -m pytest -q tests/journeys/test_api_contract.py -k schemathesis
 
 bench: $(STAMP) ## measure against bare loops and write docs/performance.md; QUICK=1 ends in two minutes and writes nothing
 	"$(PY)" tools/bench.py $(if $(QUICK),--quick,--write) $(ARGS)
+	"$(PY)" tools/bench_api.py $(if $(QUICK),--rounds 3 --seconds 1,--write)
 
 bench-check: $(STAMP) ## exit 1 where a ratio is worse than the committed table by a quarter, twice in a row
 	"$(PY)" tools/bench.py --check $(ARGS)

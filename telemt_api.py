@@ -1489,7 +1489,7 @@ _CORE: Final = """uptime_seconds:num connections_total:int connections_bad_total
 _REFUSALS: Final = """ connections_bad_by_class:[ClassCount] handshake_failures_by_class:[ClassCount]
     handshake_failures_by_stage:[StageCount]"""
 _GATED: Final = "enabled:bool reason?:feature_disabled|source_unavailable generated_at_epoch_secs:int"
-_CHANGES: Final = """secret?:Secret~ user_ad_tag?:AdTag~ max_tcp_conns?:limit~ expiration_rfc3339?:time~ data_quota_bytes?:limit~
+_CHANGES: Final = """secret?:Secret~ user_ad_tag?:AdTag~ max_tcp_conns?:limit~ expiration_rfc3339?:moment~ data_quota_bytes?:limit~
     max_unique_ips?:limit~ enabled?:bool~"""
 
 SHAPES: Final = {
@@ -1633,11 +1633,13 @@ SHAPES: Final = {
         api_disabled http_version_not_supported""".split()) + " message:str",
     "ErrorEnvelope": "ok:false error:ErrorBody request_id:int",
 }
+_MOMENT: Final = (r"^[12]\d{3}-((0[13578]|1[02])-(0[1-9]|[12]\d|3[01])|(0[469]|11)-(0[1-9]|[12]\d|30)|02-(0[1-9]|1\d|2[0-8]))"
+                  r"[Tt ]([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d+)?([Zz]|[+-]([01]\d|2[0-3]):[0-5]\d)$")      # and 29 February
 _KINDS: Final[dict[str, JsonObject]] = {
     "int": {"type": "integer", "minimum": 0}, "signed": {"type": "integer", "format": "int32"},
     "limit": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}, "num": {"type": "number", "format": "double", "minimum": 0},
     "pct": {"type": "number", "format": "double", "minimum": 0, "maximum": 100}, "bool": {"type": "boolean"}, "str": {"type": "string"},
-    "time": {"type": "string", "format": "date-time"}, "true": {"type": "boolean", "const": True},
+    "time": {"type": "string", "format": "date-time"}, "moment": {"type": "string", "pattern": _MOMENT}, "true": {"type": "boolean", "const": True},
     "false": {"type": "boolean", "const": False}, "zero": {"type": "integer", "const": 0},
     "link": {"type": "string", "pattern": r"^tg://proxy\?server=[^&]+&port=[0-9]+&secret="},
     "Revision": {"type": "string", "pattern": "^[0-9a-f]{64}$"}, "Secret": {"type": "string", "pattern": "^[0-9A-Fa-f]{32}$"},
@@ -1699,7 +1701,8 @@ def describe(route: Route) -> JsonObject:
     if route.action:
         parameters.append({"name": "If-Match", "in": "header", "required": False, "schema": {"type": "string"}})
     if route.name == "get_events":
-        parameters.append({"name": "limit", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 1, "maximum": 1000}})
+        parameters.append({"name": "limit", "in": "query", "required": False, "schema": {"type": "string"},
+                           "description": "How many events: 1 to 1000, what is beyond is moved there; 50 where it is no number."})
     if parameters:
         found["parameters"] = parameters
     if route.body and route.body != "ignored":

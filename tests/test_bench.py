@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+import bench_api
 import bench_report
 from bench_report import FIGURES, between, dig, figure_table, ratios, spread, table, verdict, worse
 
@@ -108,3 +109,13 @@ def test_write_fills_the_document(tmp_path):
     assert "| 10 | 0.300 | 0.300 | 1.00 | 33.0 | 22.0 | 1.50 |" in text and "per byte 0%, of the ratio to the bare loop 50%" in text
     assert json.loads((tmp_path / "performance.json").read_text())["rounds"] == 5
     assert (tmp_path / "images" / "scaling.svg").read_text().lstrip().startswith("<?xml")
+
+
+# -- polling -----------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("ratios", "shown"), [([0.9, 0.99, 1.01], "0.990 |"), ([0.9, 0.96, 1.01], "**0.960 (missed)** |")])
+def test_the_cost_of_polling_is_the_median_of_the_rounds(ratios, shown):
+    text = bench_api.report(bench_api.Run(1000.0, 0.3), bench_api.Run(990.0, 0.306), ratios)
+    lines = text.splitlines()
+    assert lines[2].endswith(shown) and lines[3].endswith("0.300 s/GB | 0.306 s/GB | 1.020 |")
+    assert len({line.count("|") for line in lines}) == 1
