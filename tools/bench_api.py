@@ -158,7 +158,8 @@ def report(quiet: Run, polled: Run, ratios: list[float]) -> str:
     ratio = median(ratios)
     shown = f"{ratio:.3f}" if ratio >= TARGET else f"**{ratio:.3f} (missed)**"
     return (f"| figure | target | without | with polling | ratio |\n|---|---|---|---|---|\n"
-            f"| FakeTLS download, 1 session, 1,000 users | >= {TARGET} | {quiet.mb_per_s:.0f} MB/s | {polled.mb_per_s:.0f} MB/s | {shown} |\n"
+            f"| FakeTLS download, 1 session, 1,000 users | >= {TARGET} | {quiet.mb_per_s:.0f} MB/s | {polled.mb_per_s:.0f} MB/s | "
+            f"{shown} |\n"
             f"| CPU of the proxy, API threads included | - | {quiet.cpu_s_per_gb:.3f} s/GB | {polled.cpu_s_per_gb:.3f} s/GB | "
             f"{polled.cpu_s_per_gb / quiet.cpu_s_per_gb:.3f} |")
 
