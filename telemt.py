@@ -9950,7 +9950,7 @@ def read_config_bytes(path: str) -> bytes:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not stat.S_ISREG(mode):
             raise ConfigError(f"{path}: not a regular file")
-        data = file.read(_CONFIG_MAX + 1)
+        data = file.read(min(os.fstat(fd).st_size + 4096, _CONFIG_MAX) + 1)    # the limit alone would be 64 MiB of memory
     if len(data) > _CONFIG_MAX:
         raise ConfigError(f"{path}: larger than {_CONFIG_MAX >> 20} MiB")
     return data

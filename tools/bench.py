@@ -102,6 +102,7 @@ class Proxy(Worker):
                  "[[server.listeners]]", 'ip = "127.0.0.1"', "[censorship]", "mask = false", "tls_emulation = false",
                  "[access]", "replay_check_len = 200000", "[dc_overrides]"]
         lines += [f'"{number}" = "127.0.0.1:{source_port if number == peers.SOURCE and source_port else dc_port}"' for number in numbers]
+        lines += ["[[upstreams]]", 'type = "direct"', 'bind_addresses = ["127.0.0.1"]']        # its checks of the real ones stay here
         lines += ["[access.users]", *(f'filler{n} = "{n + 2:032x}"' for n in range(users - 1)), f'bench = "{SECRET.hex()}"']
         path = folder / f"{backend}-{users}-{fast}-{source_port}.toml"
         path.write_text("\n".join(lines) + "\n")
