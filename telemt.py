@@ -9764,7 +9764,8 @@ class Server:
         self.handshakes.apply(settings)
         if OPTIONS_INHERITED:
             for listener in self.places.listeners:
-                tune_client(listener.sock, settings.timeouts.client_keepalive, settings.timeouts.client_ack)
+                if not isinstance(listener.address, str):      # a unix socket has no such options
+                    tune_client(listener.sock, settings.timeouts.client_keepalive, settings.timeouts.client_ack)
         now = self.doorman.users.users
         gone = {user for user, (secret, enabled) in before.items()
                 if now.get(user.name) is not user or user.secret != secret or enabled > user.enabled}

@@ -2,6 +2,8 @@
 import errno
 import os
 import socket
+import stat
+import time
 
 import pytest
 
@@ -427,3 +429,84 @@ def test_our_own_error_costs_this_connection(hall):
     assert hall.ended == [relay] and hall.masks.busy == 0
     stranger.close()
     host.close()
+
+
+# -- who knocks: the file
+
+
+@pytest.fixture
+def observer(tmp_path):
+    """An Observer on a loop of its own; `observer.report` is its file."""
+    loop = TestLoop()
+    settings = settings_of(f'[general]\nbeobachten_file = "{tmp_path}/cache/seen.txt"\n')      # every 15 s, for 10 minutes
+    observer = telemt.Observer(loop, settings)
+    observer.report = tmp_path / "cache" / "seen.txt"
+    yield observer
+    loop.dispose()
+
+
+def wait_written(observer):
+    """Let the helper thread finish and its answer arrive."""
+    for _ in range(500):
+        observer.loop.turn()
+        if not observer._writing:
+            return
+        time.sleep(0.01)                       # another thread's work, not a delay of ours
+    raise AssertionError("never written")
+
+
+def test_the_file_is_written_at_start_after_a_change_and_when_somebody_is_forgotten(observer):
+    observer.flush()
+    assert observer.report.read_text() == "empty\n" and observer.loop._patience() == -1.0, "an idle proxy has nothing to do"
+    observer.note("HTTP", "192.0.2.1")
+    observer.note("HTTP", "192.0.2.1")
+    observer.loop.turn(14)
+    assert observer.report.read_text() == "empty\n"
+    observer.loop.turn(2)
+    wait_written(observer)
+    assert observer.report.read_text() == observer.text() == "[HTTP]\n192.0.2.1-2\n"
+    observer.loop.turn(500)
+    assert not observer._writing
+    observer.loop.turn(200)
+    wait_written(observer)
+    assert observer.report.read_text() == "empty\n" and observer.loop._patience() == -1.0
+
+
+def test_the_report_can_be_read_by_others_and_leaves_no_draft(observer):
+    observer.flush()
+    assert stat.S_IMODE(observer.report.stat().st_mode) == 0o644
+    assert [path.name for path in observer.report.parent.iterdir()] == ["seen.txt"]
+
+
+def test_switched_off_nothing_is_noted_and_the_file_is_left_alone(observer):
+    observer.note("HTTP", "192.0.2.1")
+    observer.flush()
+    observer.apply(settings_of("[general]\nbeobachten = false"))
+    observer.note("HTTP", "192.0.2.2")
+    observer.loop.turn(20)
+    assert not observer._writing and len(observer.seen) == 1 and observer.text() == "beobachten disabled\n"
+    observer.flush()
+    assert observer.report.read_text() == "[HTTP]\n192.0.2.1-1\n"
+
+
+def test_a_new_path_is_written_at_once(observer, tmp_path):
+    observer.note("SSH", "192.0.2.1")
+    observer.apply(settings_of(f'[general]\nbeobachten_file = "{tmp_path}/other.txt"'))
+    observer.loop.turn(0.1)
+    wait_written(observer)
+    assert (tmp_path / "other.txt").read_text() == "[SSH]\n192.0.2.1-1\n"
+
+
+def test_a_file_that_cannot_be_written_is_said_once(observer, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(telemt.LogBook, "threshold", 0)
+    monkeypatch.setattr(telemt.LogBook, "sink", lambda level, target, text: said.append(text))
+    (tmp_path / "cache").write_text("a file where a directory should be")
+    for _ in range(3):
+        observer.note("HTTP", "192.0.2.1")
+        observer.loop.turn(16)
+        wait_written(observer)
+    assert sum("Failed to flush beobachten snapshot" in text for text in said) == 1
+    (tmp_path / "cache").unlink()
+    observer.flush()
+    assert observer.report.exists()

@@ -3,6 +3,7 @@ import datetime
 import errno
 import os
 import socket
+import stat
 import threading
 import time
 
@@ -932,3 +933,98 @@ def test_a_user_that_leaves_takes_its_used_octets_along(make_reloading):
     bench.look()
     assert bench.server.doorman.users.users["bob"].used == 0
     bench.server.quotas.path = None
+
+
+# -- doors
+
+
+def test_mode_of_a_unix_socket(tmp_path, logged):
+    path = str(tmp_path / "file")
+    (tmp_path / "file").write_text("")
+    for text, mode, note in [("0666", 0o666, " (mode 0666)"), ("660", 0o660, " (mode 660)"), ("0o600", 0o600, " (mode 0o600)"),
+                             ("00777", 0o777, " (mode 00777)")]:
+        assert telemt.set_unix_mode(path, text) == note
+        assert stat.S_IMODE(os.stat(path).st_mode) == mode
+    empty, digit = "cannot parse integer from empty string", "invalid digit found in string"
+    for text, why in [("0", empty), ("000", empty), ("0o", empty), ("abc", digit), ("888", digit), ("-1", digit), ("99999999999", digit)]:
+        assert telemt.set_unix_mode(path, text) == ""
+        assert logged[-1] == (Level.WARN, f"Invalid listen_unix_sock_perm '{text}': {why}. Ignoring.")
+    assert telemt.set_unix_mode(str(tmp_path / "gone"), "600") == ""
+    assert logged[-1][0] is Level.ERROR and "Failed to set unix socket permissions to 600:" in logged[-1][1]
+
+
+def test_unix_clients_are_numbered_and_the_file_goes_with_us(make_server, tmp_path, logged):
+    path = str(tmp_path / "sock")
+    server = make_server(f'{LOCAL.replace("[server]", f"[server]{chr(10)}listen_unix_sock = {chr(34)}{path}{chr(34)}")}')
+    server.open_unix()
+    server.accept()
+    clients = []
+    for n in (1, 2):
+        clients.append(socket.socket(socket.AF_UNIX))
+        clients[-1].connect(path)
+        server.loop.settle()
+        assert {owner.peer for owner in server.places.owners} >= {f"127.0.0.1:{n}"}
+    assert all(owner.local_end() == ("0.0.0.0", 0) for owner in server.places.owners)
+    server.places.unix_count = 65_534
+    clients.append(socket.socket(socket.AF_UNIX))
+    clients[-1].connect(path)
+    server.loop.settle()
+    assert "127.0.0.1:0" in {owner.peer for owner in server.places.owners}
+    for sock in clients:
+        sock.close()
+    server.loop.settle()
+    server.stop()
+    assert not os.path.exists(path)
+
+
+def test_the_unix_socket_of_a_successor_is_left_alone(make_server, tmp_path):
+    path = str(tmp_path / "sock")
+    server = make_server(f'{LOCAL.replace("[server]", f"[server]{chr(10)}listen_unix_sock = {chr(34)}{path}{chr(34)}")}')
+    server.open_unix()
+    os.rename(path, path + ".old")             # keeps its inode in use
+    with telemt.bind_unix(path):
+        server.stop()
+        assert os.path.exists(path)
+
+
+def test_our_own_mask_connection_is_dropped_uncounted(make_server):
+    server = make_server()
+    list(server.open_listeners())
+    server.accept()
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        server.masks.ends.add(sock.getsockname())
+        sock.connect(server.places.listeners[0].address)
+        server.loop.settle()
+        assert sock.recv(1) == b"" and server.counters.connections_total == 0 and not server.places.owners
+    server.masks.ends.clear()
+
+
+@pytest.mark.parametrize(("flag", "entry", "asked"), [("false", "", False), ("true", "", True), ("true", "proxy_protocol = false", False),
+                                                      ("false", "proxy_protocol = true", True)])
+def test_which_listeners_demand_a_proxy_header(make_server, flag, entry, asked):
+    server = make_server(LOCAL.replace("port = 0", f"port = 0\nproxy_protocol = {flag}") + entry + "\n")
+    list(server.open_listeners())
+    server.accept()
+    client = client_of(server)
+    client.sendall(b"PROXY TCP4 203.0.113.1 203.0.113.2 5 6\r\n")
+    server.loop.settle()
+    peers = {owner.peer for owner in server.places.owners}
+    assert (peers == {"203.0.113.1:5"}) is asked
+    client.close()
+    server.loop.settle()
+
+
+def test_a_reload_reaches_the_doors(make_server):
+    server = make_server()
+    list(server.open_listeners())
+    server.accept()
+    server.apply(settings_of(LOCAL.replace("port = 0", "port = 0\nproxy_protocol = true\nproxy_protocol_trusted_cidrs = []")
+                             + '[timeouts]\nclient_handshake = 7\n[network]\ndns_overrides = ["a:1:192.0.2.1"]\n'
+                             + "[general]\nbeobachten = false\n"))
+    client = client_of(server)
+    server.loop.settle()
+    assert not server.places.owners and server.counters.bad_by_class == {telemt.Reason.PROXY_UNTRUSTED: 1}
+    assert server.handshakes._lane.seconds == 7 and ("a", 1) in server.resolver.overrides
+    assert server.sources.beobachten() == "beobachten disabled\n"
+    client.close()

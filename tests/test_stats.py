@@ -1,7 +1,8 @@
 """Room 10: counters, their gate, and the laws of metrics.md 4.1."""
 import pytest
 
-from telemt import ME_TOTALS, Counters, MeCounters, Reason
+import telemt
+from telemt import ME_TOTALS, Counters, MeCounters, Observations, Reason, classify_stranger, format_observations
 
 
 def test_bad_classes_add_up():
@@ -105,3 +106,42 @@ def test_a_full_queue_is_the_high_profile():
 def test_the_table_names_each_total_once():
     names = " ".join(ME_TOTALS.values()).replace("!", "").split()
     assert len(names) == len(set(names)) == len(MeCounters().totals)
+
+
+# -- who knocked
+
+
+@pytest.mark.parametrize(("head", "kind"), [
+    (b"GET / HTTP/1.1", "HTTP"), (b"POST /", "HTTP"), (b"HEAD /", "HTTP"), (b"PUT /", "HTTP"), (b"DELETE /", "HTTP"),
+    (b"OPTIONS *", "HTTP"),
+    (b"PATCH /", "HTTP"), (b"CONNECT a:1", "HTTP"), (b"TRACE /", "HTTP"), (b"PRI * HTTP/2.0", "HTTP"), (b"GET ", "port-scanner"),
+    (b"DELE", "port-scanner"), (b"\x16\x03\x01\x02", "TLS-scanner"), (b"\x16\x03\x01", "port-scanner"),
+    (b"\x16\x04\x01\x02" + bytes(60), "unknown"),
+    (b"SSH-", "SSH"), (b"SSH-2.0-OpenSSH", "SSH"), (b"", "port-scanner"), (b"x" * 9, "port-scanner"), (b"x" * 10, "unknown"),
+])
+def test_class_of_a_stranger(head, kind):
+    assert classify_stranger(head) == kind
+
+
+def test_observations_are_counted_sorted_and_forgotten():
+    seen = Observations()
+    assert format_observations(seen.rows()) == "empty\n" and seen.oldest_at() == float("inf")
+    for at, kind, ip in [(0, "TLS-scanner", "2001:db8::1"), (1, "HTTP", "198.51.100.7"), (2, "HTTP", "203.0.113.9"),
+                         (3, "HTTP", "203.0.113.9"),
+                         (4, "TLS-scanner", "2001:db8::1"), (5, "HTTP", "192.0.2.1"), (6, "other", "192.0.2.1")]:
+        seen.note(kind, ip, at, 600)
+    assert format_observations(seen.rows()) == ("[HTTP]\n203.0.113.9-2\n192.0.2.1-1\n198.51.100.7-1\n[TLS-scanner]\n2001:db8::1-2\n"
+                                                "[other]\n192.0.2.1-1\n")
+    assert seen.oldest_at() == 1               # by the last try: 2001:db8::1 came again
+    seen.forget(604, 600)
+    assert [row[:2] for row in seen.rows()] == [("TLS-scanner", "2001:db8::1"), ("HTTP", "192.0.2.1"), ("other", "192.0.2.1")]
+    seen.forget(700, 600)
+    assert not seen.rows()
+
+
+def test_observations_are_bounded(monkeypatch):
+    monkeypatch.setattr(telemt, "OBSERVATIONS_MAX", 3)
+    seen = Observations()
+    for n, ip in enumerate("abcad"):
+        seen.note("HTTP", ip, n, 600)
+    assert seen.rows() == [("HTTP", "c", 1), ("HTTP", "a", 2), ("HTTP", "d", 1)] and len(seen) == 3

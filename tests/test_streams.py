@@ -8,8 +8,8 @@ import socket
 import pytest
 
 import telemt
-from telemt import (AGAIN, READ, Arena, CopyFlow, Dial, Listener, RecordReader, RouteError, Stream, UnwrapFlow, WireError,
-                    WrapFlow, bind_tcp, plain_ip, resolve)
+from telemt import (AGAIN, READ, Arena, CopyFlow, Dial, Listener, RecordReader, RouteError, SpareDescriptor, Stream, UnwrapFlow, WireError,
+                    WrapFlow, bind_tcp, bind_unix, plain_ip, resolve)
 from tests.cases import TestLoop, read_all, tcp_pair
 
 BACKEND = telemt.pick_backend()
@@ -528,3 +528,83 @@ def test_a_bound_socket_gets_its_port_at_connect():
     sock = telemt._open_socket("127.0.0.1", "127.0.0.2")
     assert sock.getsockname() == ("127.0.0.2", 0)
     sock.close()
+
+
+# -- unix sockets, the spare descriptor
+
+
+def test_a_unix_socket_is_bound_where_nothing_or_a_dead_one_lies(tmp_path):
+    path = str(tmp_path / "sock")
+    with bind_unix(path) as first:
+        first.listen(1)
+        with pytest.raises(OSError, match="in use"):
+            bind_unix(path)                    # alive
+    with bind_unix(path) as second:            # dead: replaced
+        second.listen(1)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(OSError, match="in use"):
+        bind_unix(str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "precious"
+    os.symlink(tmp_path / "file", tmp_path / "link")
+    with pytest.raises(OSError, match="in use"):
+        bind_unix(str(tmp_path / "link"))
+
+
+def test_a_unix_socket_with_a_full_backlog_is_alive(tmp_path):
+    path = str(tmp_path / "sock")
+    with bind_unix(path) as server, socket.socket(socket.AF_UNIX) as one:
+        server.listen(0)
+        one.connect(path)
+        with pytest.raises(OSError, match="in use"):
+            bind_unix(path)
+
+
+def test_callers_are_turned_away_when_descriptors_stay_short(loop):
+    """They were left waiting in the backlog for as long as the shortage lasted."""
+    spare = SpareDescriptor(loop.mailbox.fd)
+    accepted = []
+    listener = Listener(loop, bind_tcp("127.0.0.1", 0, False), lambda sock, peer: accepted.append(sock), spare)
+    listener.resume()
+    real, fail = listener.sock, [OSError(errno.EMFILE, "Too many open files")]
+
+    class Short:
+        """No descriptor for the listener itself; the spare one makes accept possible."""
+
+        def accept(self):
+            if spare._fd >= 0:
+                raise fail[0]
+            return real.accept()
+
+    listener.sock = Short()
+    client = socket.create_connection(listener.address)
+    client.settimeout(2)
+    loop.turn()
+    client.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        client.recv(1)                         # a moment's shortage: he waits
+    loop.turn(0.2)                             # rested
+    loop.turn()                                # still short: he is told
+    client.settimeout(2)
+    assert client.recv(1) == b"" and spare._fd >= 0 and not accepted
+    client.close()
+    listener.sock = real
+    late = socket.create_connection(listener.address)
+    loop.turn(0.2)
+    loop.turn()
+    assert len(accepted) == 1 and not listener._starved
+    for sock in (late, *accepted):
+        sock.close()
+    os.close(spare._fd)
+    listener.close()
+    loop.turn()
+
+
+def test_a_stream_can_be_reset(loop):
+    one, other = tcp_pair()
+    Stream(loop, one).reset()
+    loop.turn()
+    with pytest.raises(ConnectionResetError):
+        other.recv(1)
+    other.close()
