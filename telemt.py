@@ -23,10 +23,11 @@ contents; tools/house_check.py keeps this map true.  Missing numbers are rooms o
   13  loop        io    <- 1               poller, timers, signals, helper threads
   14  streams     io    <- 1 3 7 8 13      sockets; Arena and flows: where bytes move
   15  upstreams   io    <- 1 2 8 10 13 14  data-centre addresses, ways out and their health, connect cycles
+  16  links       io    <- 1-3 9 10 12-15     links to the middle end, their sessions, the lists that name them
   17  masking     io    <- 1-3 7 8 10 13-15    strangers see the real site; our ServerHello looks like its own
-  18  relay       io    <- 1 11 13 14      a session that has both its ends
-  19  session     io    <- 1 2 4 6-8 10 11 13-15 17 18   from accept to a relay
-  20  server      io    <- 1-3 10 11 13-15 17-19    listeners, places, sweep, reload, links, stop, the seam to telemt_api.py
+  18  relay       io    <- 1-3 5 9-11 13 14 16   a session that has both its ends
+  19  session     io    <- 1 2 4 6-18   from accept to a relay
+  20  server      io    <- 1-3 9-19     listeners, places, sweep, reload, links, stop, the seam to telemt_api.py
   21  ping        io    <- 1-4 6 7 13 14   a client of our own: through any proxy link to a data centre
   22  check       io    <- 1-3 14 20       what an operator would like to know before people complain
   23  cli         io    <- 1-3 13 14 20-22    arguments, files, log on stdout, process set-up, main()
@@ -137,7 +138,7 @@ import time
 import tomllib
 import zlib
 from collections.abc import Callable, Container, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar, assert_never
 
 if TYPE_CHECKING:
     import argparse
@@ -2785,7 +2786,8 @@ class Framing:
         Payloads are views of `data` where they can be: use them before its memory changes.  After a fault `failed` is set;
         the good frames before it are returned.
         """
-        view, found = memoryview(data), list[tuple[Bytes, bool]]()
+        found: list[tuple[Bytes, bool]] = []
+        view = memoryview(data)
         at, end = 0, len(view)
         try:
             if self._kept:
@@ -4079,11 +4081,11 @@ class FrameReader:
 
         After a fault `failed` is set and the good frames before it are returned.
         """
-        found = list[tuple[int, int]]()
+        found: list[tuple[int, int]] = []
         unpack, checksum, word = _FRAME_HEAD.unpack_from, self.checksum, _LE32.unpack_from
         seq, self.needs = self.seq, 0
-        while end - at >= 4:
-            length: int = word(view, at)[0]
+        while end - at >= 8:                   # both words: nothing shorter is a frame
+            length, got = unpack(view, at)
             if length == 4:
                 at += 4
                 continue
@@ -4098,12 +4100,14 @@ class FrameReader:
             if computed != received:
                 self.failed = RpcError("crc", f"CRC mismatch: 0x{received:08x} vs 0x{computed:08x}")
                 break
-            if (got := unpack(view, at)[1]) != seq:
+            if got != seq:
                 self.failed = RpcError("seq", f"Expected seq={seq}, got {got}")
                 break
             seq = seq + 1 if seq != 0x7FFF_FFFF else -0x8000_0000
             found.append((at + 8, length - RPC_FRAME_MIN))
             at = tail + 4
+        if end - at >= 4 and self.failed is None and word(view, at)[0] == 4:       # padding at the very end
+            at += 4
         self.seq = seq
         return found, at
 
@@ -5182,6 +5186,132 @@ class Pace(NamedTuple):
         return cls(base_s, max(base_s, general.me_reconnect_backoff_cap_ms / 1000))
 
 
+class FirstPlanner:
+    """The smallest policy that works: a floor of links per group, dialled in turn, with a back-off after failures.
+
+    Until PoolPlanner takes its place.
+    """
+
+    FLOOR: ClassVar[int] = 3
+    PATIENCE_S: ClassVar[float] = 3.0          # of a session without a link (D6)
+    DOWN_S: ClassVar[float] = 6.0              # without a link for so long: the group is down (D2)
+
+    def __init__(self, settings: Settings, draw: Callable[[], float], now: float) -> None:
+        self.queued: Callable[[int], int] = lambda link_id: 0
+        self.general, self.draw = settings.general, draw
+        self.groups: dict[int, list[Endpoint]] = {}
+        self.links: dict[int, tuple[int, Phase]] = {}        # id -> group, phase
+        self.load: dict[int, int] = {}
+        self._secret = False
+        self._maps: tuple[EndpointMap, EndpointMap, tuple[int, ...]] = ({}, {}, (4,))
+        self._default = self._last = 0
+        self._due: dict[int, float] = {}       # group -> no dial before
+        self._pause: dict[int, float] = {}
+        self._up_at: dict[int, float] = {}     # group -> when it last had a link
+        self._serve: set[int] = set()
+
+    def apply(self, now: float, settings: Settings) -> None:
+        """Take the hot keys."""
+        self.general = settings.general
+
+    def on_map(self, now: float, v4: EndpointMap, v6: EndpointMap, default_dc: int) -> None:
+        """These endpoints are in force."""
+        self._maps, self._default = (v4, v6, self._maps[2]), default_dc
+        self._regroup(now)
+
+    def on_families(self, now: float, order: Sequence[int], multipath: bool) -> None:
+        """These families may be used."""
+        self._maps = (*self._maps[:2], tuple(order))
+        self._regroup(now)
+
+    def _regroup(self, now: float) -> None:
+        v4, v6, order = self._maps
+        self.groups = {}
+        for dc in sorted({abs(dc) for listed in (v4, v6) for dc in listed}):
+            for family in order:
+                listed = v4 if family == 4 else v6
+                endpoints = sorted({*listed.get(dc, ()), *listed.get(-dc, ())})
+                if endpoints:
+                    self.groups[dc] = endpoints
+                    self._up_at.setdefault(dc, now)
+                    break
+
+    def on_secret(self, now: float, epoch: int) -> None:
+        """A proxy-secret is there."""
+        self._secret = epoch > 0
+
+    def on_link_ready(self, now: float, link_id: int) -> None:
+        """A link can take sessions."""
+        dc = self.links[link_id][0]
+        self.links[link_id] = dc, Phase.ACTIVE
+        self._pause.pop(dc, None)
+        self._serve.add(dc)
+
+    def on_dial_failed(self, now: float, link_id: int) -> None:
+        """Wait a little, and longer each time."""
+        dc, _ = self.links.pop(link_id)
+        pace = Pace.of_health(self.general)
+        wait_s = self._pause.get(dc, pace.wait_s)
+        self._due[dc] = now + wait_s * (1 + self.draw() / 2)
+        self._pause[dc] = min(2 * wait_s, pace.cap_s)
+
+    def on_link_lost(self, now: float, link_id: int, why: Lost) -> None:
+        """Dial again; at once, unless it comes and goes."""
+        dc, _ = self.links.pop(link_id)
+        self.load.pop(link_id, None)
+        self._up_at[dc] = now
+        self._due[dc] = max(self._due.get(dc, now), now) + 0.2
+
+    def on_bound(self, now: float, link_id: int, dc: int) -> None:
+        """One session more."""
+        self.load[link_id] = self.load.get(link_id, 0) + 1
+
+    def on_unbound(self, now: float, link_id: int, dc: int) -> None:
+        """One session less."""
+        self.load[link_id] = self.load.get(link_id, 1) - 1
+
+    def on_pong(self, now: float, link_id: int, rtt_ms: float) -> None:
+        """Nothing depends on it here."""
+
+    def beat(self, now: float, link_id: int, heard: bool) -> Beat:
+        """A ping after every pause."""
+        return Beat(True, False, max(1, self.general.me_keepalive_interval_secs) + self.draw() * self.general.me_keepalive_jitter_secs)
+
+    def signal_pause(self, first: bool = False) -> float | None:
+        """No activity signals."""
+        return None
+
+    def route(self, now: float, dc: int, has_direct: bool, waited: bool = False) -> Way:
+        """The link of the group with the fewest sessions."""
+        group = abs(dc) if abs(dc) in self.groups else abs(self._default) or 2
+        ready = [link for link, (at, phase) in self.links.items() if at == group and phase is Phase.ACTIVE]
+        if ready:
+            return Bind(min(ready, key=lambda link: (self.load.get(link, 0), self.queued(link), link)))
+        direct = has_direct and self.general.auto_degradation_enabled
+        if direct and (waited or now - self._up_at.get(group, -math.inf) > self.DOWN_S):
+            return GoDirect()
+        return Refuse() if waited else Hold(group, now + self.PATIENCE_S)
+
+    def plan(self, now: float) -> list[Action]:
+        """Dials up to the floor of every group, and when to look again."""
+        todo: list[Action] = [ServeWaiters(dc) for dc in sorted(self._serve)]
+        self._serve.clear()
+        wake_at = math.inf
+        for dc, endpoints in self.groups.items() if self._secret else ():
+            mine = [phase for group, phase in self.links.values() if group == dc]
+            if len(mine) >= self.FLOOR:
+                continue
+            due = self._due.get(dc, now)
+            if due > now:
+                wake_at = min(wake_at, due)
+                continue
+            for _ in range(self.FLOOR - len(mine)):
+                self._last += 1
+                self.links[self._last] = dc, Phase.DIALLING
+                todo.append(OpenLink(self._last, dc, endpoints[self._last % len(endpoints)], 1))
+        return [*todo, WakeAt(wake_at)] if wake_at < math.inf else todo
+
+
 # == 13. loop ================================================================
 # One thread, one poller, level-triggered.  A turn: wait, call one handler per
 # ready fd, run what is due, run what was deferred, close what was dropped.
@@ -5588,7 +5718,7 @@ class WorkerPool:
 
 # -- files
 
-def write_whole(path: str, text: str, *, replace: bool, mode: int = 0o600) -> None:
+def write_whole(path: str, text: str | bytes, *, replace: bool, mode: int = 0o600) -> None:
     """Put a file of this text at `path`: all of it is there, or what was there before.  Raises OSError.
 
     An empty configuration would start as an open proxy next time, so a full disk or a signal must not leave one.  An
@@ -5601,12 +5731,12 @@ def write_whole(path: str, text: str, *, replace: bool, mode: int = 0o600) -> No
     draft = f"{path}.{os.getpid()}.new"
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
-        with open(fd, "w", encoding="utf-8") as file:
+        with open(fd, "wb") as file:
             if before is not None:
                 with contextlib.suppress(OSError):             # not ours to give away
                     os.fchown(fd, before.st_uid, before.st_gid)
             os.fchmod(fd, mode)
-            file.write(text)
+            file.write(text.encode() if isinstance(text, str) else text)
             file.flush()
             os.fsync(fd)
         os.replace(draft, path)
@@ -5808,6 +5938,13 @@ class Stream:
             return self.sock.recv(size)
         except BlockingIOError:
             return None
+
+    def read_into(self, view: memoryview, size: int) -> int:
+        """Put up to `size` bytes into `view`; return how many: 0 at the end of the stream, AGAIN for none now.  Raises OSError."""
+        try:
+            return self.recv_into(view, size)
+        except BlockingIOError:
+            return AGAIN
 
     def write(self, data: Bytes) -> int:
         """Send what the kernel takes now and return how much that was.  Raises OSError."""
@@ -6233,6 +6370,196 @@ class UnwrapFlow(Flow):
         self._forget_aside()
 
 
+# -- the two ends of a session whose frames are taken apart
+
+_INLET_LEVEL: Final = 2                        # 256 KiB: beyond it the caches lose more than the system calls win
+_OUTLET_CAPACITY: Final = _WRAP_RECORDS[-1] * RECORD_OUT_MAX
+_CHUNK: Final = 65_536                         # small answers that wait are joined up to this size
+
+
+class Inlet:
+    """What a client says, in clear: out of its records, decrypted."""
+
+    __slots__ = ("arena", "source", "records", "cipher", "level")
+
+    def __init__(self, arena: Arena, source: Stream, records: RecordReader | None, cipher: AesCtr) -> None:
+        self.arena, self.source, self.records, self.cipher = arena, source, records, cipher
+        self.level = 0
+
+    def run(self) -> memoryview | None:
+        """Return what one read brought, until the next one valid; empty at the end, None when there was nothing.
+
+        Raises OSError, and WireError for an end inside a record.  records.closed and records.failed are the caller's to ask.
+        """
+        quantum = QUANTA[self.level]
+        source, records = self.arena.input, self.records
+        try:
+            size = self.source.recv_into(source.view, quantum)
+        except BlockingIOError:
+            return None
+        if size == 0:
+            if records is not None and records.mid_record and not records.closed:
+                raise WireError(Reason.BAD_RECORD, "IO error: early eof")
+            return source.view[:0]
+        if size == quantum:
+            self.level = min(self.level + 1, _INLET_LEVEL)
+        elif self.level and size << 2 < quantum:
+            self.level -= 1
+        if records is None:
+            self.cipher.crypt(source, 0, source, 0, size)
+            return source.view[:size]
+        spans = records.spans(source.view, size)
+        if len(spans) == 1:
+            start, size = spans[0]
+            self.cipher.crypt(source, start, source, start, size)
+            return source.view[start:start + size]
+        target, done, crypt = self.arena.output, 0, self.cipher.crypt
+        for start, length in spans:
+            crypt(source, start, target, done, length)
+            done += length
+        return target.view[:done] if done else None
+
+    def discard(self) -> bool:
+        """Read and forget; False at the end.  Raises OSError."""
+        try:
+            return self.source.recv_into(self.arena.input.view, QUANTA[-1]) > 0
+        except BlockingIOError:
+            return True
+
+
+class Outlet:
+    """What a client is told: pieces of a region, encrypted where they go, written together, kept while the client is slow.
+
+    add() names pieces, run() sends them in that order.  `pending` bytes of `waiting` messages are kept.
+    """
+
+    __slots__ = ("arena", "sink", "cipher", "tls", "pending", "waiting", "sent", "_pieces", "_size", "_chunks", "_at")
+
+    def __init__(self, arena: Arena, sink: Stream, cipher: AesCtr, tls: bool) -> None:
+        self.arena, self.sink, self.cipher, self.tls = arena, sink, cipher, tls
+        self.pending = 0
+        self.waiting = 0
+        self.sent = 0                          # bytes the client took, ever
+        self._pieces: list[tuple[int, int]] = []
+        self._size = 0
+        self._chunks: collections.deque[tuple[bytearray, list[int]]] = collections.deque()     # with the number of its messages
+        self._at = 0                           # bytes of the first chunk that are sent
+
+    def add(self, at: int, size: int) -> None:
+        """region[at:at + size] of the next run() is one message."""
+        self._pieces.append((at, size))
+        self._size += size
+
+    def run(self, region: Region) -> None:
+        """Send what was added.  Raises OSError."""
+        pieces, size = self._pieces, self._size
+        if not pieces:
+            return
+        self._pieces, self._size = [], 0
+        if not self.tls:
+            self._run_plain(region, pieces)
+        elif len(pieces) == 1 and size <= RECORD_OUT_MAX:
+            self.arena.scatter(1)
+            records = self.arena.records
+            self.cipher.crypt(region, pieces[0][0], records, RECORD_HEADER, size)
+            self._push_records(size, 1)
+        else:
+            self._run_records(region, pieces, size)
+
+    def _run_plain(self, region: Region, pieces: list[tuple[int, int]]) -> None:
+        target, crypt, to = self.arena.output, self.cipher.crypt, 0
+        for at, size in pieces:
+            while size:
+                length = min(size, _OUTLET_CAPACITY - to)
+                crypt(region, at, target, to, length)
+                at, size, to = at + length, size - length, to + length
+                if to == _OUTLET_CAPACITY:
+                    self._push(target.view[:to], 0)
+                    to = 0
+        self._push(target.view[:to], len(pieces))
+
+    def _run_records(self, region: Region, pieces: list[tuple[int, int]], total: int) -> None:
+        """Fill as few records as possible; a piece that meets the end of one goes on in the next."""
+        arena, target, crypt = self.arena, self.arena.records, self.cipher.crypt
+        arena.scatter(_WRAP_RECORDS[min(bisect.bisect_left(_WRAP_RECORDS, -(-total // RECORD_OUT_MAX)), _BULK)])
+        done, room, to = 0, RECORD_OUT_MAX, RECORD_HEADER
+        for at, size in pieces:
+            while size:
+                length = min(size, room)
+                crypt(region, at, target, to, length)
+                at, size, done, to = at + length, size - length, done + length, to + length
+                room -= length
+                if not room:
+                    room, to = RECORD_OUT_MAX, to + RECORD_HEADER
+                    if done == _OUTLET_CAPACITY:
+                        self._push_records(done, 0)
+                        done, to = 0, RECORD_HEADER
+        self._push_records(done, len(pieces))
+
+    def _push_records(self, size: int, messages: int) -> None:
+        """Send `size` payload bytes that lie between record headers; the last header is put right, and back."""
+        full, tail = divmod(size, RECORD_OUT_MAX)
+        view, at = self.arena.records.view, full * _STRIDE
+        if not tail:
+            self._push(view[:at], messages)
+            return
+        _LENGTH.pack_into(view, at + 3, tail)
+        try:
+            self._push(view[:at + RECORD_HEADER + tail], messages)
+        finally:
+            _LENGTH.pack_into(view, at + 3, RECORD_OUT_MAX)
+
+    def _push(self, data: memoryview, messages: int) -> None:
+        sent = 0
+        if not self._chunks:
+            try:
+                sent = self.sink.send_some(data)
+            except BlockingIOError:
+                sent = 0
+            self.sent += sent
+            if sent == len(data):
+                return
+            self.sink.want(self.sink.mask | WRITE)
+        left = len(data) - sent
+        if self._chunks and len(self._chunks[-1][0]) + left <= _CHUNK:
+            chunk, count = self._chunks[-1]
+            chunk += data
+            count[0] += messages
+        else:
+            self._chunks.append((bytearray(data[sent:]), [messages]))
+        self.pending += left
+        self.waiting += messages
+        self.arena.queued += left
+
+    def flush(self) -> bool:
+        """Send what waits; True when nothing is left.  Raises OSError."""
+        while self._chunks:
+            chunk, count = self._chunks[0]
+            with memoryview(chunk) as view, view[self._at:] as rest:
+                try:
+                    sent = self.sink.send_some(rest)
+                except BlockingIOError:
+                    return False
+            self.sent += sent
+            self._at += sent
+            self.pending -= sent
+            self.arena.queued -= sent
+            if self._at < len(chunk):
+                return False
+            self.waiting -= count[0]
+            self._at = 0
+            self._chunks.popleft()
+        self.sink.want(self.sink.mask & ~WRITE)
+        return True
+
+    def close(self) -> None:
+        """Forget what waits."""
+        self.arena.queued -= self.pending
+        self.pending = self.waiting = 0
+        self._chunks.clear()
+        self._pieces.clear()
+
+
 # -- connecting and listening
 
 
@@ -6349,6 +6676,15 @@ def tune_client(sock: socket.socket, keepalive_s: int, ack_s: int) -> None:
     set_option(sock, socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     set_option(sock, socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", keepalive_s), ("TCP_KEEPINTVL", keepalive_s), ("TCP_USER_TIMEOUT", ack_s * 1000)):
+        if hasattr(socket, name):
+            set_option(sock, socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def tune_link(sock: socket.socket) -> None:
+    """Options of a link to the middle end (middle-proxy-wire.md 3)."""
+    set_option(sock, socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    set_option(sock, socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 30_000)):
         if hasattr(socket, name):
             set_option(sock, socket.IPPROTO_TCP, getattr(socket, name), value)
 
@@ -7758,6 +8094,1205 @@ _none_healthy: Final = Throttle(5.0)
 log_upstreams: Final = Log("upstreams")
 
 
+# == 16. links ===============================================================
+# Links to the middle end, and who uses them.  Three layers: rpc knows bytes,
+# the planner decides, this room does.
+#
+#   MeLink     one link: dial, nonce, handshake, then a few thousand sessions.
+#              LinkIn decrypts whole reads and finds frames in them, LinkOut
+#              serialises what a turn has queued into one write, Heart pings
+#   Pool       performs the planner's actions, reports what happens, knows which
+#              session has which connection id and who waits for a link
+#   Directory  proxy-secret and endpoint lists: downloads in a helper thread,
+#              cache files, the rule of stable snapshots
+#
+# A link belongs to many sessions, so nothing that one client does may stop it:
+# its reader never waits.  An answer is framed where it lies in the decrypted
+# run, encrypted from there and sent; what the client does not take is its
+# session's own trouble.  The other way sessions stop reading their clients
+# while a link has more unsent than LINK_HIGH.
+# Traps: a session may end while its link's read is being handled; a frame may
+# be larger than the arena (it then grows in memory of its own); connection ids
+# never repeat, so an answer can be for a session that is gone.
+# Source: middle-proxy-wire.md 2, 3, 6-12 and D1-D20; middle-proxy-pool.md 5, 17.
+
+LINK_HIGH: Final = 4 << 20               # unsent bytes of a link at which its clients are not read any more (D15)
+LINK_LOW: Final = 1 << 20                # and from which they are again
+LINK_LIMIT: Final = 8 << 20              # where even the answers to pings stop: the peer is broken
+_AHEAD: Final = 256 << 10                # serialised ahead of the socket (D16)
+_LINK_LEVEL: Final = 2                   # QUANTA of one read: 256 KiB
+_LINK_ROOM: Final = 512 << 10            # a frame that needs more does not go through the arena
+_LINK_PHASE_S: Final = 10.0                   # nonce and handshake, each (D5)
+_PING_OLD_S: Final = 120.0
+_SIGNAL_S: Final = 0.7
+_ANSWER: Final = struct.Struct("<IIQ")
+_LE64: Final = struct.Struct("<Q")
+
+
+class Bound(Protocol):
+    """A session, as its link sees it.  None of these calls raises; the last three may end the session."""
+
+    last_at: float
+
+    @property
+    def conn_id(self) -> int:
+        """Its name on the link."""
+
+    @property
+    def dc(self) -> int:
+        """Signed DC that it asked for."""
+
+    def on_answer(self, region: Region, at: int, size: int) -> None:
+        """Data for the client at region[at:at + size], to be sent at on_run_end; FRAME_SPARE bytes around it are free."""
+
+    def on_ack(self, region: Region, at: int) -> None:
+        """Four bytes of a quick-ack token."""
+
+    def on_run_end(self, region: Region) -> None:
+        """The read that brought answers is done."""
+
+    def on_middle_closed(self, region: Region | None) -> None:
+        """The middle end closed the session, or the link is gone (None)."""
+
+    def hold(self, on: bool) -> None:
+        """Do not read the client for now, or read it again."""
+
+
+class Meta(NamedTuple):
+    """What the requests of a session say about it, connection id apart."""
+
+    framing: str                 # Framing.name
+    client: tuple[str, int]
+    ours: tuple[str, int]
+    ad_tag: bytes | None
+
+
+class LinkIn:
+    """The receiving half of a link: whole reads are decrypted in one call, frames found in the result."""
+
+    __slots__ = ("arena", "backend", "stream", "decryptor", "reader", "level", "_plain", "_cipher", "_big")
+
+    def __init__(self, arena: Arena, backend: Backend, stream: Stream, shake: LinkHandshake) -> None:
+        assert shake.decryptor is not None
+        self.arena, self.backend, self.stream = arena, backend, stream
+        self.decryptor = shake.decryptor
+        self.reader = FrameReader(0, shake.checksum)
+        self.level = 0
+        self._plain, self._cipher = shake.take_rest()      # an incomplete frame; fewer than 16 bytes of ciphertext
+        self._big: bytearray | None = None     # a frame beyond _LINK_ROOM, as far as it came
+
+    def rest(self) -> tuple[Region, list[tuple[int, int]]]:
+        """Frames that came in one piece with the handshake."""
+        return self._find(self.arena.input, self._place_plain())
+
+    def run(self) -> tuple[Region, list[tuple[int, int]]] | None:
+        """Return (region, [(start, size) of payloads in it]) of one read, None at the end.  Raises OSError."""
+        region, quantum = self.arena.input, QUANTA[self.level]
+        base = 0 if self._big is not None else self._place_plain()
+        view, start = region.view, base + len(self._cipher)
+        if self._cipher:
+            view[base:start] = self._cipher
+        size = self.stream.read_into(view[start:] if start else view, quantum)
+        if size <= 0:
+            return None if size == 0 else (region, [])
+        if size == quantum:
+            self.level = min(self.level + 1, _LINK_LEVEL)
+        elif self.level and size << 2 < quantum:
+            self.level -= 1
+        whole = start - base + size & -BLOCK_SIZE
+        end = base + whole
+        if whole:
+            self.decryptor.crypt(region, base, region, base, whole)
+        self._cipher = bytes(view[end:start + size]) if end != start + size else b""
+        if self._big is not None:
+            return self._grow(view[:end])
+        return self._find(region, end)
+
+    def _place_plain(self) -> int:
+        size = len(self._plain)
+        if size:
+            self.arena.input.view[:size] = self._plain
+        return size
+
+    def _find(self, region: Region, end: int) -> tuple[Region, list[tuple[int, int]]]:
+        spans, rest = self.reader.spans(region.view, 0, end)
+        self._plain = bytes(region.view[rest:end]) if rest < end else b""
+        if self.reader.needs > _LINK_ROOM:
+            self._big, self._plain = bytearray(self._plain), b""
+        return region, spans
+
+    def _grow(self, data: memoryview) -> tuple[Region, list[tuple[int, int]]]:
+        """Add to the big frame; it is looked at when it is complete."""
+        big = self._big
+        assert big is not None
+        big += data
+        if len(big) < self.reader.needs:
+            return self.arena.input, []
+        self._big, size = None, len(big)
+        big += bytes(CRYPT_SLACK)
+        return self._find(self.backend.region(big), size)
+
+
+class LinkOut:
+    """The sending half of a link.  push() queues; once a turn everything queued is numbered, padded and encrypted together."""
+
+    __slots__ = ("stream", "queued", "writer", "encryptor", "_urgent", "_queue", "_unsent", "_at", "_due")
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.queued = 0                        # bytes that the socket has not taken, serialised or not
+        self.writer = FrameWriter(0)
+        self.encryptor: AesCbc | None = None
+        self._urgent: list[bytes] = []         # PING and PONG overtake what is not serialised yet (D16)
+        self._queue: collections.deque[tuple[bytes, bytes]] = collections.deque()      # head and body of payloads
+        self._unsent = b""
+        self._at = 0                           # bytes of _unsent that the socket took
+        self._due = False                      # a flush is under way: deferred, or the socket is waited for
+
+    def start(self, shake: LinkHandshake) -> None:
+        """From here on everything is encrypted."""
+        self.encryptor = shake.encryptor
+        self.writer.checksum = shake.checksum
+
+    def raw(self, data: bytes) -> None:
+        """Send bytes of the handshake.  Raises OSError."""
+        self._unsent = self._unsent[self._at:] + data
+        self._at = 0
+        self.queued += len(data)
+        self.flush()
+
+    def push(self, head: bytes, body: Bytes, flush: Callable[[], None]) -> None:
+        """Queue one payload.  `flush` is called at the end of the turn: the link's method that calls ours and handles OSError."""
+        self._queue.append((head, bytes(body)))
+        self.queued += len(head) + len(body)
+        if not self._due:
+            self._due = True
+            self.stream.loop.defer(flush)
+
+    def push_urgent(self, payload: bytes, flush: Callable[[], None]) -> None:
+        """Queue a PING or PONG."""
+        self._urgent.append(payload)
+        self.queued += len(payload)
+        if not self._due:
+            self._due = True
+            self.stream.loop.defer(flush)
+
+    def flush(self) -> bool:
+        """Serialise and send; True when nothing is left.  Raises OSError."""
+        while True:
+            if self._unsent:
+                sent = self.stream.write(memoryview(self._unsent)[self._at:] if self._at else self._unsent)
+                self.queued -= sent
+                self._at += sent
+                if self._at < len(self._unsent):
+                    self._due = True
+                    self.stream.want(self.stream.mask | WRITE)
+                    return False
+                self._unsent, self._at = b"", 0
+            if not self._queue and not self._urgent:
+                self._due = False
+                if self.stream.mask & WRITE:
+                    self.stream.want(self.stream.mask & ~WRITE)
+                return True
+            self._serialise()
+
+    def _serialise(self) -> None:
+        out: list[Bytes] = []
+        add, queue = self.writer.add, self._queue
+        size = taken = 0
+        for payload in self._urgent:
+            size += add(out, payload)
+            taken += len(payload)
+        self._urgent.clear()
+        while queue and size < _AHEAD:
+            head, body = queue.popleft()
+            size += add(out, head, body)
+            taken += len(head) + len(body)
+        out.append(padding(size))
+        assert self.encryptor is not None
+        self._unsent = self.encryptor.update(b"".join(out))
+        self.queued += len(self._unsent) - taken
+
+
+class Heart:
+    """Pings of one link; when and whether is the planner's to say."""
+
+    __slots__ = ("heard", "timer", "next_id", "_sent")
+
+    def __init__(self) -> None:
+        self.heard = True                      # any byte since the last beat
+        self.timer: Timer | None = None
+        self.next_id = int.from_bytes(os.urandom(8), "little")
+        self._sent: dict[int, float] = {}
+
+    def expire(self, now: float) -> int:
+        """Forget pings that nobody will answer; return how many."""
+        old = [number for number, at in self._sent.items() if now - at > _PING_OLD_S]
+        for number in old:
+            del self._sent[number]
+        return len(old)
+
+    def build(self, now: float) -> bytes:
+        """The next ping."""
+        self.next_id = (self.next_id + 1) % (1 << 64)
+        self._sent[self.next_id] = now
+        return _CONN.pack(RPC_PING, self.next_id)
+
+    def answered(self, number: int, now: float) -> float | None:
+        """Round trip in ms of a ping that is known."""
+        at = self._sent.pop(number, None)
+        return None if at is None else (now - at) * 1000
+
+
+class MeLink:
+    """One link to a middle end.  Ends in exactly one of pool.on_dial_failed, pool.on_link_lost and close()."""
+
+    __slots__ = ("pool", "id", "dc", "endpoint", "cycle", "stream", "shake", "inlet", "out", "heart", "bound", "holding", "ready_at",
+                 "meta", "signal_timer")
+
+    def __init__(self, pool: Pool, order: OpenLink) -> None:
+        self.pool, self.id, self.dc, self.endpoint = pool, order.link_id, order.dc, order.endpoint
+        self.stream: Stream | None = None      # None: being dialled, or ended
+        self.shake: LinkHandshake | None = None
+        self.inlet: LinkIn | None = None       # set once ready
+        self.out: LinkOut | None = None
+        self.heart = Heart()
+        self.bound: dict[int, Bound] = {}      # by connection id
+        self.holding = False                   # its clients are not read
+        self.ready_at = math.inf
+        self.meta: Meta | None = None          # of the last session, for activity signals
+        self.signal_timer: Timer | None = None
+        self.cycle: Cycle | None = pool.dial(self.endpoint, self.dc, self._on_connected)
+
+    # -- coming up
+
+    def _on_connected(self, result: Connected | RouteError) -> None:
+        self.cycle = None
+        if isinstance(result, RouteError):
+            self._fail(result)
+            return
+        self.stream = stream = result.stream
+        tune_link(stream.sock)
+        self.out = LinkOut(stream)
+        try:
+            ends = self.pool.choose_ends(self.endpoint, result)
+            self.shake = LinkHandshake(self.pool.origin, self.pool.secret, ends, int(time.time()))
+            stream.watch(READ, self.on_ready)
+            self.pool.phases.arm(self)
+            self.out.raw(self.shake.open())
+        except (OSError, RouteError) as error:
+            self._fail(error)
+
+    def on_ready(self, mask: int) -> None:
+        """The socket is ready."""
+        try:
+            if self.stream is not None and self.stream.mask & WRITE and mask & ~READ:
+                self.flush()
+            if self.stream is not None and mask & ~WRITE:
+                if self.inlet is not None:
+                    self._run(self.inlet.run())
+                else:
+                    self._shake_hands()
+        except (OSError, RpcError) as error:
+            self._fail(error)
+
+    def _shake_hands(self) -> None:
+        stream, shake, out = self.stream, self.shake, self.out
+        assert stream is not None and shake is not None and out is not None
+        data = stream.read(QUANTA[0])
+        if data is None:
+            return
+        if not data:
+            raise RpcError("handshake", "IO error: ME closed during handshake")
+        keyed = shake.keyed
+        if reply := shake.feed(data):
+            out.raw(reply)
+        if shake.done:
+            self._come_up()
+        elif shake.keyed != keyed:
+            self.pool.phases.arm(self)         # the second half has its own ten seconds
+
+    def on_phase_timeout(self) -> None:
+        """Called by its lane."""
+        self._fail(RpcError("handshake", "Telegram handshake timeout"))
+
+    def _come_up(self) -> None:
+        pool, shake, stream, out = self.pool, self.shake, self.stream, self.out
+        assert shake is not None and stream is not None and out is not None
+        pool.phases.cancel(self)
+        out.start(shake)
+        self.inlet = LinkIn(pool.arena, pool.origin.backend, stream, shake)
+        self.shake = None
+        self.ready_at = pool.loop.now
+        pool.on_link_ready(self, shake.ends)
+        self.beat()
+        self._run(self.inlet.rest())
+
+    # -- messages
+
+    def _run(self, found: tuple[Region, list[tuple[int, int]]] | None) -> None:
+        """Hand the messages of one read to whom they are for."""
+        if found is None:
+            self.pool.end_link(self, Lost.EOF, None)
+            return
+        region, spans = found
+        view, bound, unpack = region.view, self.bound, _ANSWER.unpack_from
+        touched: dict[Bound, None] = {}
+        self.heart.heard = True
+        for start, size in spans:
+            if size >= ANSWER_HEAD:
+                kind, _flags, conn_id = unpack(view, start)
+                if kind == RPC_PROXY_ANS:
+                    session = bound.get(conn_id)
+                    if session is None:
+                        self._on_stray(conn_id)
+                    elif size > ANSWER_HEAD:
+                        session.on_answer(region, start + ANSWER_HEAD, size - ANSWER_HEAD)
+                        touched[session] = None
+                    continue
+            if size >= 12:
+                self._on_message(region, start, size, touched)
+        call = self.pool.loop.call
+        for session in touched:
+            call(session.on_run_end, region)
+        failed = self.inlet.reader.failed if self.inlet is not None else None
+        if failed is not None:
+            raise failed
+
+    def _on_message(self, region: Region, start: int, size: int, touched: dict[Bound, None]) -> None:
+        """Everything but an answer."""
+        view = region.view
+        kind, number = _CONN.unpack_from(view, start)
+        if kind == RPC_SIMPLE_ACK and size >= ANSWER_HEAD:
+            session = self.bound.get(number)
+            if session is None:
+                self._on_stray(number)
+            else:
+                session.on_ack(region, start + 12)
+                touched[session] = None
+        elif kind in (RPC_CLOSE_EXT, RPC_CLOSE_CONN):
+            session = self.bound.get(number)
+            if session is not None:
+                touched.pop(session, None)
+                self.unbind(session)
+                self.pool.loop.call(session.on_middle_closed, region)
+        elif kind == RPC_PING:
+            self.push_urgent(_CONN.pack(RPC_PONG, number))
+        elif kind == RPC_PONG:
+            self.pool.on_pong(self, number)
+        else:
+            log_me.debug("Unknown RPC", link=self.id, kind=f"0x{kind:08x}", size=size)
+
+    def _on_stray(self, conn_id: int) -> None:
+        """An answer for nobody: its session has ended, perhaps a moment ago."""
+        self.pool.me.count("route_drop_no_conn_total")
+        if not self.holding:                   # somebody who does not read need not be told
+            self.push(build_close(conn_id))
+
+    def push(self, head: bytes, body: Bytes = b"") -> None:
+        """Queue one payload for this turn's write."""
+        out = self.out
+        if out is None:
+            return
+        out.push(head, body, self.flush)
+        if out.queued > LINK_HIGH and not self.holding:
+            self._hold(True)
+
+    def push_urgent(self, payload: bytes) -> None:
+        """Queue a PING or PONG.  Raises RpcError for a peer that asks and asks and does not read."""
+        out = self.out
+        if out is None:
+            return
+        if out.queued > LINK_LIMIT:
+            raise RpcError("length", "the middle end does not read what it asks for")
+        out.push_urgent(payload, self.flush)
+
+    def flush(self) -> None:
+        """Write what is queued; the end of a turn, or the socket is writable again."""
+        out = self.out
+        if out is None:
+            return
+        try:
+            out.flush()
+        except OSError as error:
+            self._fail(error)
+            return
+        if self.holding and out.queued < LINK_LOW:
+            self._hold(False)
+
+    def _hold(self, on: bool) -> None:
+        self.holding = on
+        for session in list(self.bound.values()):
+            session.hold(on)
+
+    # -- sessions
+
+    def bind(self, session: Bound, meta: Meta) -> None:
+        """A session uses this link from now on."""
+        self.bound[session.conn_id] = session
+        self.meta = meta
+        self.pool.planner.on_bound(self.pool.loop.now, self.id, session.dc)
+        if self.holding:
+            session.hold(True)
+
+    def unbind(self, session: Bound) -> None:
+        """And no longer; may be called twice."""
+        if self.bound.pop(session.conn_id, None) is not None and self.stream is not None:
+            self.pool.on_unbound(self, session.dc)
+
+    def cut(self, session: Bound) -> None:
+        """End one session from our side: the middle end is told, the client gets what there is."""
+        self.push(build_close(session.conn_id))
+        self.unbind(session)
+        self.pool.loop.call(session.on_middle_closed, None)
+
+    # -- keepalive
+
+    def beat(self) -> None:
+        """Ask the planner what is due: a ping, the end, and when to ask again."""
+        pool, heart = self.pool, self.heart
+        beat = pool.planner.beat(pool.loop.now, self.id, heart.heard)
+        heart.heard, heart.timer = False, None
+        if beat.dead:
+            pool.end_link(self, Lost.SILENT, None)
+            return
+        heart.timer = pool.loop.call_later(beat.again_s, self.beat)
+        if beat.ping:
+            pool.me.count("keepalive_timeout_total", heart.expire(pool.loop.now))
+            pool.me.count("keepalive_sent_total")
+            self.push_urgent(heart.build(pool.loop.now))
+
+    # -- the end
+
+    def _fail(self, error: Exception) -> None:
+        if self.inlet is None:
+            self.pool.fail_dial(self, error)
+        else:
+            self.pool.end_link(self, Lost.ERROR, error)
+
+    def on_crash(self) -> None:
+        """Our own error in a handler: it cost this link."""
+        self._fail(InternalError("internal error"))
+
+    def close(self) -> None:
+        """Close the socket and end every session; reports nothing; may be called twice."""
+        self.pool.phases.cancel(self)
+        if self.cycle is not None:
+            self.cycle.abort()
+            self.cycle = None
+        for timer in (self.heart.timer, self.signal_timer):
+            if timer is not None:
+                timer.cancel()
+        if self.stream is not None:
+            self.stream.close()
+        self.stream = self.out = self.shake = None
+        sessions, self.bound = self.bound, {}
+        for session in sessions.values():
+            self.pool.loop.call(session.on_middle_closed, None)
+
+
+class Planner(Protocol):
+    """The policy of a pool, as its driver sees it: PoolPlanner of room 12, or a small one in tests."""
+
+    queued: Callable[[int], int]         # bytes that wait for a link's socket; the driver's
+
+    def apply(self, now: float, settings: Settings) -> None: ...
+    def on_map(self, now: float, v4: EndpointMap, v6: EndpointMap, default_dc: int) -> None: ...
+    def on_families(self, now: float, order: Sequence[int], multipath: bool) -> None: ...
+    def on_secret(self, now: float, epoch: int) -> None: ...
+    def on_link_ready(self, now: float, link_id: int) -> None: ...
+    def on_dial_failed(self, now: float, link_id: int) -> None: ...
+    def on_link_lost(self, now: float, link_id: int, why: Lost) -> None: ...
+    def on_bound(self, now: float, link_id: int, dc: int) -> None: ...
+    def on_unbound(self, now: float, link_id: int, dc: int) -> None: ...
+    def on_pong(self, now: float, link_id: int, rtt_ms: float) -> None: ...
+    def beat(self, now: float, link_id: int, heard: bool) -> Beat: ...
+    def signal_pause(self, first: bool = False) -> float | None: ...
+    def route(self, now: float, dc: int, has_direct: bool, waited: bool = False) -> Way: ...
+    def plan(self, now: float) -> list[Action]: ...
+
+
+class DriftMemory:
+    """SHIM"""
+
+    def note(self, endpoint: Endpoint, fingerprint: Hashable, port: int) -> str | None:
+        return None
+
+
+class PublicAddresses(Protocol):
+    """What the pool has to know of our own public addresses."""
+
+    def reflected(self, version: int) -> str | None:
+        """How others see us in this family, None = not known."""
+
+    def me_families(self) -> tuple[int, ...]:
+        """Families that links may use at present, the preferred one first."""
+
+
+class Waiting:
+    """A session without a link, in the queue of its group (D6)."""
+
+    __slots__ = ("dc", "group", "has_direct", "on_way", "timer")
+
+    def __init__(self, dc: int, group: int, has_direct: bool, on_way: Callable[[Way], None]) -> None:
+        self.dc, self.group, self.has_direct, self.on_way = dc, group, has_direct, on_way
+        self.timer: Timer | None = None
+
+
+class Bindings:
+    """Connection ids, never used twice, and the queues of sessions that wait for a link."""
+
+    def __init__(self, draw: int) -> None:
+        self._next = draw | 1
+        self.queues: dict[int, dict[Waiting, None]] = {}       # by group, oldest first
+
+    def new_id(self) -> int:
+        """A connection id, unique over all links."""
+        self._next = (self._next + 1) % (1 << 64)
+        return self._next
+
+    def join(self, waiting: Waiting) -> None:
+        """Stand at the end of the group's queue."""
+        self.queues.setdefault(waiting.group, {})[waiting] = None
+
+    def leave(self, waiting: Waiting) -> None:
+        """Stop waiting; may be called twice."""
+        if waiting.timer is not None:
+            waiting.timer.cancel()
+            waiting.timer = None
+        queue = self.queues.get(waiting.group, {})
+        queue.pop(waiting, None)
+        if not queue:
+            self.queues.pop(waiting.group, None)
+
+
+class Pool:
+    """The driver: performs what the planner says and tells it what happened.  No policy in here."""
+
+    def __init__(self, loop: Loop, settings: Settings, counters: Counters, arena: Arena, upstreams: Upstreams, network: PublicAddresses,
+                 origin: Origin, planner: Planner) -> None:
+        self.loop, self.settings, self.me = loop, settings, counters.me
+        self.arena, self.upstreams, self.network, self.origin = arena, upstreams, network, origin
+        self.secret = ProxySecret(b"")
+        self.planner = planner
+        planner.queued = self._queued
+        self.links: dict[int, MeLink] = {}
+        self.bindings = Bindings(int.from_bytes(origin.entropy(8), "little"))
+        self.phases: Lane[MeLink] = loop.lane(_LINK_PHASE_S, MeLink.on_phase_timeout)
+        self.drift = DriftMemory()
+        self._planned = False
+        self._wake: Timer | None = None
+
+    def apply(self, settings: Settings) -> None:
+        """Take the hot keys of a reload."""
+        self.settings = settings
+        self.planner.apply(self.loop.now, settings)
+        self.replan()
+
+    def on_secret(self, secret: ProxySecret, epoch: int) -> None:
+        """A proxy-secret is in force; links that stand keep their keys."""
+        self.secret = secret
+        self.planner.on_secret(self.loop.now, epoch)
+        self.replan()
+
+    def on_map(self, v4: EndpointMap, v6: EndpointMap, default_dc: int) -> None:
+        """These endpoints are in force."""
+        self.planner.on_map(self.loop.now, v4, v6, default_dc)
+        self.replan()
+
+    def on_families(self) -> None:
+        """What we know of our own addresses changed."""
+        self.planner.on_families(self.loop.now, self.network.me_families(), self.settings.network.multipath)
+        self.replan()
+
+    # -- sessions
+
+    def route(self, dc: int, has_direct: bool, waited: bool = False) -> Way:
+        """Where a session for `dc` (signed) goes; a Bind is followed by MeLink.bind in the same turn, a Hold by wait()."""
+        way = self.planner.route(self.loop.now, dc, has_direct, waited)
+        self.replan()
+        return way
+
+    def wait(self, hold: Hold, dc: int, has_direct: bool, on_way: Callable[[Way], None]) -> Waiting:
+        """Call on_way once, when there is a link or the patience of `hold` is over; bindings.leave() takes it back."""
+        waiting = Waiting(dc, hold.dc, has_direct, on_way)
+        waiting.timer = self.loop.call_later(max(0.0, hold.until_at - self.loop.now), functools.partial(self._on_waited, waiting))
+        self.bindings.join(waiting)
+        return waiting
+
+    def _on_waited(self, waiting: Waiting) -> None:
+        self.bindings.leave(waiting)
+        waiting.on_way(self.route(waiting.dc, waiting.has_direct, waited=True))
+
+    def _serve_waiters(self, group: int) -> None:
+        for waiting in list(self.bindings.queues.get(group, ())):
+            way = self.route(waiting.dc, waiting.has_direct)
+            if isinstance(way, Hold):
+                return
+            self.bindings.leave(waiting)
+            self.loop.call(waiting.on_way, way)
+
+    # -- actions
+
+    def replan(self) -> None:
+        """Ask the planner at the end of this turn."""
+        if not self._planned:
+            self._planned = True
+            self.loop.defer(self._plan)
+
+    def _plan(self) -> None:
+        self._planned = False
+        for action in self.planner.plan(self.loop.now):
+            self._perform(action)
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case OpenLink():
+                self.links[action.link_id] = MeLink(self, action)
+            case CloseLink(link_id):
+                if (link := self.links.pop(link_id, None)) is not None:
+                    log_me.info("Middle-End link closed", link=link_id, dc=link.dc)
+                    link.close()
+            case CutSessions(link_id, sessions):
+                if (link := self.links.get(link_id)) is not None:
+                    for session in sorted(link.bound.values(), key=_last_heard)[:sessions]:
+                        link.cut(session)
+            case PromoteLink(link_id) | DrainLink(link_id, _):
+                log_me.debug("Middle-End link %s", "promoted" if isinstance(action, PromoteLink) else "drains", link=link_id)
+            case ServeWaiters(dc):
+                self._serve_waiters(dc)
+            case Say(level, text):
+                (log_me.info if level is Level.INFO else log_me.warn if level is Level.WARN else log_me.debug)("%s", text)
+            case WakeAt(at):
+                self._wake_at(at)
+            case _:
+                assert_never(action)
+
+    def _wake_at(self, at: float) -> None:
+        if self._wake is not None:
+            if self._wake.callback is not None and self._wake.at == at:
+                return
+            self._wake.cancel()
+        self._wake = self.loop.call_later(max(0.0, at - self.loop.now), self.replan)
+
+    # -- what links report
+
+    def dial(self, endpoint: Endpoint, dc: int, done: Callable[[Connected | RouteError], None]) -> Cycle:
+        """Connect to a middle end; `dc` is what the upstreams book the latency under."""
+        return self.upstreams.connect([endpoint], done, dc=dc)
+
+    def choose_ends(self, endpoint: Endpoint, connected: Connected) -> LinkEnds:
+        """The addresses that make the keys of a link.  Raises RouteError."""
+        general, (local_ip, local_port) = self.settings.general, connected.local
+        version = 6 if ":" in endpoint[0] else 4
+        strict = general.me_socks_kdf_policy == "strict"
+        try:
+            ends = choose_link_ends(
+                endpoint, (plain_ip(local_ip), local_port), socks=connected.kind != "direct", bound=connected.bound,
+                nat_ip=self.nat_ip(version), detected=self.network.reflected(version) or "", strict=strict)
+        except RouteError:
+            self.me.count("socks_kdf_strict_reject_total", connected.kind != "direct" and strict)
+            raise
+        self.me.count("socks_kdf_compat_fallback_total", ends.compat)
+        return ends
+
+    def our_ip(self, local_ip: str) -> str:
+        """The address of ours that requests carry."""
+        version = 6 if ":" in local_ip else 4
+        return our_address(local_ip, self.nat_ip(version), self.network.reflected(version) or "")
+
+    def nat_ip(self, version: int) -> str:
+        """`general.middle_proxy_nat_ip` if it is of this family."""
+        nat_ip = self.settings.general.middle_proxy_nat_ip
+        return str(nat_ip) if nat_ip is not None and nat_ip.version == version else ""
+
+    def on_link_ready(self, link: MeLink, ends: LinkEnds) -> None:
+        """A handshake is done."""
+        log_me.info("Middle-End link up", link=link.id, dc=link.dc, endpoint=format_address(*link.endpoint))
+        match self.drift.note(link.endpoint, (ends.client_ip, ends.server_ip, ends.compat), ends.client_port):
+            case "drift":
+                self.me.count("kdf_drift_total")
+                log_me.warn("ME KDF input drift detected", endpoint=format_address(*link.endpoint))
+            case "port_only":
+                self.me.count("kdf_port_only_drift_total")
+        self.planner.on_link_ready(self.loop.now, link.id)
+        self.replan()
+
+    def fail_dial(self, link: MeLink, error: Exception) -> None:
+        """A link did not come up."""
+        if self.links.get(link.id) is not link:
+            return
+        del self.links[link.id]
+        link.close()
+        if isinstance(error, RpcError) and error.kind == "rejected":
+            self.me.handshake_rejected(error.code)
+        log = log_me.warn if _dial_failed.ready() else log_me.debug
+        log("Middle-End link failed: %s", describe(error), dc=link.dc, endpoint=format_address(*link.endpoint))
+        self.planner.on_dial_failed(self.loop.now, link.id)
+        self.replan()
+
+    def end_link(self, link: MeLink, why: Lost, error: Exception | None) -> None:
+        """A link that was ready is gone."""
+        if self.links.get(link.id) is not link:
+            return
+        del self.links[link.id]
+        if isinstance(error, RpcError):
+            self.me.count("crc_mismatch_total", error.kind == "crc")
+            self.me.count("seq_mismatch_total", error.kind == "seq")
+        if why is Lost.EOF:
+            self.me.count("reader_eof_total")
+            self.me.count("idle_close_by_peer_total", not link.bound)
+        quiet = why is Lost.EOF and not link.bound
+        (log_me.info if quiet else log_me.warn)("Middle-End link lost: %s", describe(error) if error else why.value, link=link.id,
+                                                     dc=link.dc, sessions=len(link.bound), up_s=int(self.loop.now - link.ready_at))
+        self.planner.on_link_lost(self.loop.now, link.id, why)
+        link.close()
+        self.replan()
+
+    def on_unbound(self, link: MeLink, dc: int) -> None:
+        """A session left a link."""
+        self.planner.on_unbound(self.loop.now, link.id, dc)
+        self.replan()
+
+    def on_pong(self, link: MeLink, number: int) -> None:
+        """A ping came back."""
+        self.me.count("keepalive_pong_total")
+        rtt_ms = link.heart.answered(number, self.loop.now)
+        if rtt_ms is not None:
+            self.planner.on_pong(self.loop.now, link.id, rtt_ms)
+
+    def _queued(self, link_id: int) -> int:
+        link = self.links.get(link_id)
+        return link.out.queued if link is not None and link.out is not None else 0
+
+    def close(self) -> None:
+        """The process stops: what sessions have queued, their closes included, goes out as far as sockets take it at once."""
+        for link in list(self.links.values()):
+            link.flush()
+            link.close()
+        self.links.clear()
+
+
+# -- the directory: what Telegram says about its middle ends
+
+SECRET_URL: Final = "https://core.telegram.org/getProxySecret"
+LIST_URLS: Final = {4: "https://core.telegram.org/getProxyConfig", 6: "https://core.telegram.org/getProxyConfigV6"}
+SECRET_BODY_MAX: Final = 64 << 10
+LIST_BODY_MAX: Final = 1 << 20
+_SECRET_RETRY_S: Final = 5.0              # without any secret (middle-proxy-wire.md D1)
+_SECRET_RETRY_MAX_S: Final = 300.0
+_LIST_PAUSES_S: Final = (1.0, 5.0)       # between the attempts of one cycle
+_DOWNLOAD_S: Final = 15.0
+_HTTP_HEAD_MAX: Final = 16_384
+_USER_AGENT: Final = "telemt-middle-proxy/1"
+
+
+class Download(NamedTuple):
+    """Answer of a web server."""
+
+    status: int
+    body: bytes
+    date_wall: float | None = None       # of its Date header, unix seconds
+
+
+FetchUrl: TypeAlias = "Callable[[str, int, Callable[[Download | Exception], None]], None]"      # url, limit of the body, done
+
+
+class StableRule:
+    """Something downloaded counts when it came the same several times in a row (middle-proxy-wire.md 2.4)."""
+
+    __slots__ = ("applied", "_candidate", "_hits")
+
+    def __init__(self) -> None:
+        self.applied: Hashable = None
+        self._candidate: Hashable = None
+        self._hits = 0
+
+    def see(self, content: Hashable, needed: int) -> str:
+        """Return candidate, already_applied or ready; the caller sets `applied` when it applied it."""
+        if content == self._candidate:
+            self._hits = min(self._hits + 1, 255)
+        else:
+            self._candidate, self._hits = content, 1
+        if self._hits < needed:
+            return "candidate"
+        return "already_applied" if content == self.applied else "ready"
+
+
+def list_content(found: ProxyList) -> Hashable:
+    """What two lists must have in common to be the same: the order of addresses does not count."""
+    return found.default_dc, tuple((dc, tuple(sorted(found.endpoints[dc]))) for dc in sorted(found.endpoints))
+
+
+class Directory:
+    """Proxy-secret and lists: fetched, judged, cached, handed to the pool."""
+
+    def __init__(self, loop: Loop, settings: Settings, fetch: FetchUrl, families: Sequence[int], pool: Pool) -> None:
+        self.loop, self.general, self.fetch, self.pool = loop, settings.general, fetch, pool
+        self.secret_rule = StableRule()
+        self.rules = {family: StableRule() for family in families}
+        self.lists: dict[int, ProxyList] = {}          # in force, by family
+        self._epoch = 0
+        self._retry_s = _SECRET_RETRY_S
+        self._applied_at = -math.inf
+        self._timer: Timer | None = None
+        self._cycle: dict[int, tuple[ProxyList, bytes] | None] | None = None     # answers of the cycle under way, with their texts
+        self._period_s = self._wanted_period()
+
+    # -- start
+
+    def start(self) -> None:
+        """Fetch everything; what cannot be had comes from its cache, lists at last from the built-in table."""
+        self._get_secret()
+        for family in self.rules:
+            self.fetch(self._list_url(family), LIST_BODY_MAX, functools.partial(self._on_first_list, family))
+        self._arm()
+
+    def _get_secret(self) -> None:
+        self.fetch(self.general.proxy_secret_url or SECRET_URL, SECRET_BODY_MAX, self._on_first_secret)
+
+    def _list_url(self, family: int) -> str:
+        general = self.general
+        return (general.proxy_config_v4_url if family == 4 else general.proxy_config_v6_url) or LIST_URLS[family]
+
+    def _on_first_secret(self, result: Download | Exception) -> None:
+        try:
+            data = self._judge_secret(result)
+        except (TelemtError, OSError) as error:
+            log_me.warn("proxy-secret download failed: %s; trying the cache file", describe(error))
+            path = self.general.proxy_secret_path
+            self.loop.offload(lambda: read_small_file(path, SECRET_BODY_MAX), self._on_cached_secret)
+            return
+        self.secret_rule.applied = data
+        self._use_secret(data)
+        self._keep(self.general.proxy_secret_path, data, 0o600, "proxy-secret")
+
+    def _on_cached_secret(self, result: bytes | Exception) -> None:
+        try:
+            if isinstance(result, Exception):
+                raise RouteError(f"Failed to read proxy-secret cache after download failure: {describe(result)}")
+            check_secret_size(len(result), self.general.proxy_secret_len_max)
+        except TelemtError as error:
+            log_me.error("Failed to fetch proxy-secret, next attempt in %d s: %s", self._retry_s, error)
+            self.loop.call_later(self._retry_s, self._get_secret)
+            self._retry_s = min(2 * self._retry_s, _SECRET_RETRY_MAX_S)
+            return
+        log_me.info("proxy-secret taken from its cache file", size=len(result))
+        self._use_secret(result)
+
+    def _judge_secret(self, result: Download | Exception) -> bytes:
+        if isinstance(result, Exception):
+            raise result
+        self._check_clock(result)
+        if not 200 <= result.status <= 299:
+            raise RouteError(f"proxy-secret download HTTP {result.status}")
+        check_secret_size(len(result.body), self.general.proxy_secret_len_max)
+        return result.body
+
+    def _use_secret(self, data: bytes) -> None:
+        self._epoch += 1
+        self.pool.on_secret(ProxySecret(data), self._epoch)
+
+    def _on_first_list(self, family: int, result: Download | Exception) -> None:
+        found = self._judge_list(family, result)
+        if found is not None:
+            self.rules[family].applied = list_content(found)       # D3: not to be applied again by the first cycles
+            self._keep(self._list_path(family), self._body_of(result), 0o644, "proxy list")
+            self._settle(family, found)
+            return
+        path = self._list_path(family)
+        self.loop.offload(lambda: read_small_file(path, LIST_BODY_MAX), functools.partial(self._on_cached_list, family))
+
+    def _on_cached_list(self, family: int, result: bytes | Exception) -> None:
+        found = None if isinstance(result, Exception) else parse_proxy_config(result.decode("utf-8", "replace"), family)
+        if found is not None and found.endpoints:
+            log_me.info("proxy list of IPv%d taken from its cache file", family)
+        else:
+            log_me.warn("proxy list of IPv%d not available, using the built-in one", family)
+            found = builtin_list(family)
+        self._settle(family, found)
+
+    def _settle(self, family: int, found: ProxyList) -> None:
+        """The first list of a family; the pool is told when all are there."""
+        self.lists[family] = found
+        if len(self.lists) == len(self.rules):
+            self._tell()
+
+    def _tell(self) -> None:
+        leading = self.lists.get(4) or self.lists[6]
+        v4, v6 = (self.lists[family].endpoints if family in self.lists else {} for family in (4, 6))
+        self.pool.on_map(v4, v6, leading.default_dc or 0)
+
+    # -- judging
+
+    @staticmethod
+    def _body_of(result: Download | Exception) -> bytes:
+        return result.body if isinstance(result, Download) else b""
+
+    def _judge_list(self, family: int, result: Download | Exception) -> ProxyList | None:
+        """The list of a download that may be used, else None and a warning."""
+        general = self.general
+        if isinstance(result, Exception):
+            log_me.warn("fetch_proxy_config failed", family=family, error=describe(result))
+            return None
+        self._check_clock(result)
+        found = parse_proxy_config(result.body.decode("utf-8", "replace"), family)
+        first = family not in self.lists
+        if not 200 <= result.status <= 299 and (first or general.me_snapshot_require_http_2xx):
+            log_me.warn("proxy list rejected: HTTP %d", result.status, family=family)
+            return None
+        if found.lines < general.me_snapshot_min_proxy_for_lines or not found.endpoints:
+            log_me.warn("proxy list rejected: %d proxy_for lines, at least %d wanted", found.lines,
+                        general.me_snapshot_min_proxy_for_lines, family=family)
+            return None
+        return found
+
+    def _check_clock(self, result: Download) -> None:
+        """A wrong clock makes every handshake fail: say so early."""
+        if result.date_wall is not None:
+            skew = abs(time.time() - result.date_wall)
+            if skew > 30:
+                log_me.warn("Time skew >%ds: the middle end refuses a clock that is 30 s off", 60 if skew > 60 else 30, skew_s=int(skew))
+
+    # -- cycles
+
+    def apply(self, settings: Settings) -> None:
+        """Take the hot keys; a shorter period starts a cycle at once, a longer one waits anew."""
+        self.general = settings.general
+        before, self._period_s = self._period_s, self._wanted_period()
+        if self._period_s < before:
+            self._run()
+        if self._period_s != before:
+            self._arm()
+
+    def _wanted_period(self) -> int:
+        general = self.general
+        if general.update_every is not None:
+            return general.update_every
+        return max(1, min(general.proxy_secret_auto_reload_secs, general.proxy_config_auto_reload_secs))
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(self._period_s, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._arm()
+        self._run()
+
+    def _run(self) -> None:
+        """One cycle; not while another is under way, or before the first lists are there."""
+        if self._cycle is None and len(self.lists) == len(self.rules):
+            self._cycle = {}
+            for family in self.rules:
+                self._try_list(family, 0)
+
+    def _try_list(self, family: int, attempt: int) -> None:
+        self.fetch(self._list_url(family), LIST_BODY_MAX, functools.partial(self._on_list, family, attempt))
+
+    def _on_list(self, family: int, attempt: int, result: Download | Exception) -> None:
+        if isinstance(result, Exception) and attempt < len(_LIST_PAUSES_S):
+            self.loop.call_later(_LIST_PAUSES_S[attempt], functools.partial(self._try_list, family, attempt + 1))
+            return
+        assert self._cycle is not None
+        found = self._judge_list(family, result)
+        self._cycle[family] = (found, self._body_of(result)) if found is not None else None
+        if len(self._cycle) == len(self.rules):
+            answers, self._cycle = self._cycle, None
+            self._apply_lists(answers)
+            if self.general.proxy_secret_rotate_runtime and self._epoch:
+                self.fetch(self.general.proxy_secret_url or SECRET_URL, SECRET_BODY_MAX, self._on_secret)
+
+    def _apply_lists(self, answers: Mapping[int, tuple[ProxyList, bytes] | None]) -> None:
+        general = self.general
+        needed = general.me_config_stable_snapshots
+        ready = {family: answer for family, answer in answers.items()
+                 if answer is not None and self.rules[family].see(list_content(answer[0]), needed) == "ready"}
+        if not ready:
+            return
+        if self.loop.now - self._applied_at < general.me_config_apply_cooldown_secs:
+            log_me.debug("proxy list change deferred by cooldown", families=sorted(ready))
+            return
+        self._applied_at = self.loop.now
+        for family, (found, body) in ready.items():
+            self.rules[family].applied = list_content(found)
+            self.lists[family] = found
+            self._keep(self._list_path(family), body, 0o644, "proxy list")
+        log_me.info("proxy lists updated", families=sorted(ready))
+        self._tell()
+
+    def _on_secret(self, result: Download | Exception) -> None:
+        try:
+            data = self._judge_secret(result)
+        except (TelemtError, OSError) as error:
+            log_me.warn("proxy-secret update failed: %s", describe(error))
+            return
+        if self.secret_rule.see(data, self.general.proxy_secret_stable_snapshots) != "ready":
+            return
+        self.secret_rule.applied = data
+        if data != self.pool.secret.data:
+            log_me.info("proxy-secret updated", size=len(data))
+            self._use_secret(data)
+            self._keep(self.general.proxy_secret_path, data, 0o600, "proxy-secret")
+
+    # -- files
+
+    def _list_path(self, family: int) -> str:
+        return self.general.proxy_config_v4_cache_path if family == 4 else self.general.proxy_config_v6_cache_path
+
+    def _keep(self, path: str, data: bytes, mode: int, what: str) -> None:
+        """Write a cache file in a helper thread; a failure is worth a warning and no more."""
+        def work() -> None:
+            folder = os.path.dirname(path)
+            if folder:
+                os.makedirs(folder, exist_ok=True)
+            write_whole(path, data, replace=True, mode=mode)
+
+        def done(result: Exception | None) -> None:
+            if result is not None:
+                log_me.warn("Failed to cache %s (non-fatal): %s", what, describe(result), path=path)
+
+        if path and data:
+            self.loop.offload(work, done)
+
+
+def read_small_file(path: str, limit: int) -> bytes:
+    """The whole content of a regular file of at most `limit` bytes.  Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    return data
+
+
+def split_url(url: str) -> tuple[bool, str, int, str]:
+    """Return (https, host, port, path with query) of a URL that `HTTPS` of room 2 has passed."""
+    scheme, _, rest = url.partition("://")
+    authority, slash, path = rest.partition("/")
+    host, colon, port = authority.rpartition(":") if not authority.endswith("]") else ("", "", authority)
+    if not colon:
+        host, port = authority, "443" if scheme == "https" else "80"
+    return scheme == "https", host.removeprefix("[").removesuffix("]"), int(port), slash + path or "/"
+
+
+class Downloads:
+    """Fetches small files over the configured ways out; the blocking half runs in a helper thread (middle-proxy-wire.md D1)."""
+
+    def __init__(self, loop: Loop, upstreams: Upstreams) -> None:
+        self.loop, self.upstreams = loop, upstreams
+
+    def fetch(self, url: str, limit: int, done: Callable[[Download | Exception], None]) -> None:
+        """Call done(answer or the error) once.  network.dns_overrides do not apply (upstream-and-relay.md 6)."""
+        _https, host, port, _path = split_url(url)
+        deadline = time.monotonic() + _DOWNLOAD_S
+
+        def on_names(found: list[str] | Exception) -> None:
+            if isinstance(found, Exception):
+                done(found)
+            else:
+                self.upstreams.connect([(ip, port) for ip in found], on_connected, blame=False)
+
+        def on_connected(result: Connected | RouteError) -> None:
+            if isinstance(result, RouteError):
+                done(result)
+            else:
+                sock = result.stream.release()
+                self.loop.offload(lambda: http_get(sock, url, limit, deadline), done)
+
+        resolve(self.loop, host, port, on_names)
+
+
+_MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+def parse_http_date(text: str) -> float | None:
+    """Unix seconds of `Tue, 15 Nov 1994 08:12:31 GMT`, None for anything else; `email` would cost a megabyte."""
+    words = text.replace(":", " ").split()
+    try:
+        _day, day, month, year, hour, minute, second, zone = words
+        moment = datetime.datetime(int(year), _MONTHS.index(month) + 1, int(day), int(hour), int(minute), int(second), tzinfo=datetime.UTC)
+    except ValueError:
+        return None
+    return moment.timestamp() if zone == "GMT" else None
+
+
+def http_get(sock: socket.socket, url: str, limit: int, deadline: float) -> Download:
+    """GET `url` over a connected socket and close it; for helper threads.  deadline: monotonic.  Raises OSError or RouteError.
+
+    HTTP/1.0, so that nothing comes in chunks.  A body longer than `limit` is an error, and so is one cut short.
+    """
+    https, host, port, path = split_url(url)
+    with contextlib.closing(sock):
+        sock.setblocking(True)
+        sock.settimeout(max(0.1, deadline - time.monotonic()))
+        if https:
+            import ssl  # 5 MB: only where something is downloaded
+            # As bytes: a str needs the idna codec, which the smallest routers lack (platform.md 1).
+            sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host.encode("ascii"))
+        with contextlib.closing(sock), sock.makefile("rwb") as file:
+            host_text = format_address(host, port) if port not in (80, 443) else f"[{host}]" if ":" in host else host
+            file.write(f"GET {path} HTTP/1.0\r\nHost: {host_text}\r\nUser-Agent: {_USER_AGENT}\r\nAccept: */*\r\n\r\n".encode("ascii"))
+            file.flush()
+            data = bytearray()
+            while piece := file.read1(16_384):
+                data += piece
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+                if len(data) > limit + _HTTP_HEAD_MAX:
+                    raise RouteError(f"HTTP answer of {host} is too long")
+                sock.settimeout(left)
+    return parse_http_answer(bytes(data), limit)
+
+
+def parse_http_answer(data: bytes, limit: int) -> Download:
+    """What a whole HTTP answer says.  Raises RouteError."""
+    head, separator, body = data.partition(b"\r\n\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    words = first.split(" ", 2)
+    if not separator or not first.startswith("HTTP/1.") or len(words) < 2 or not (words[1].isascii() and words[1].isdigit()):
+        raise RouteError("HTTP answer is not one")
+    fields = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    length = fields.get("content-length", "")
+    if length.isascii() and length.isdigit() and len(body) != int(length):
+        raise RouteError(f"HTTP body cut short: {len(body)} of {length} bytes")
+    if len(body) > limit:
+        raise RouteError(f"HTTP body of {len(body)} bytes, at most {limit} wanted")
+    return Download(int(words[1]), body, parse_http_date(fields.get("date", "")))
+
+
+class ConfiguredAddresses:
+    """What the configuration alone tells of our own addresses: the families that are on, nothing of NAT."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+
+    def reflected(self, version: int) -> str | None:
+        """No public address was detected."""
+        return None
+
+    def me_families(self) -> tuple[int, ...]:
+        """Families that links may use, the preferred one first."""
+        found = [version for version, on in ((4, self.network.ipv4), (6, self.network.ipv6)) if on]
+        return tuple(sorted(found, reverse=self.network.prefer == 6))
+
+
+def _last_heard(session: Bound) -> float:
+    return session.last_at
+
+
+def describe(error: Exception) -> str:
+    """An error as the log words it."""
+    return f"IO error: {error.strerror} (os error {error.errno})" if isinstance(error, OSError) else str(error)
+
+
+_dial_failed: Final = Throttle(1.0)
+log_me: Final = Log("middle")
+
+
 # == 17. masking =============================================================
 # What a stranger meets: the real site.  Whoever is no client of ours is joined
 # to the mask host with the bytes that were read so far, and from then on sees
@@ -8867,6 +10402,401 @@ class DirectRelay:
         self.host.ended(self)
 
 
+# -- through the middle end
+
+ANSWERS_MAX: Final = 4096                # messages that wait for one client, at which it counts as full (middle-proxy-wire.md D14)
+ANSWER_BYTES_MAX: Final = 16 << 20       # and bytes
+_BUDGET_MAX: Final = 512 << 20           # for all clients together, or a quarter of the memory there is
+_FLUSH_S: Final = 5.0                    # the middle end closed: answers may still go out for so long (D13)
+_LINGER_S: Final = 2.0                   # and then the client may take so long to see the end
+_DESYNC_WINDOW_S: Final = 60
+_DESYNC_KEYS_MAX: Final = 65_536
+
+
+class MiddleHost(RelayHost, Protocol):
+    """What a relay through the middle end needs besides."""
+
+    settings: Settings
+    answers: AnswerBudget
+    desyncs: DesyncLog
+
+
+class RelayStage(enum.Enum):
+    """Where a middle-end session is; every stage may also move to ENDED."""
+
+    OPEN = "open"
+    FLUSHING = "flushing"                # the middle end is gone, answers are not
+    LINGERING = "lingering"              # our end is closed; what the client says is discarded
+    ENDED = "ended"
+
+
+class Noise:
+    """Random bytes for padding, drawn from the system 4 KiB at a time."""
+
+    def __init__(self) -> None:
+        self._pool, self._at = b"", 0
+
+    def take(self) -> bytes:
+        """Four bytes, never the same twice."""
+        if self._at == len(self._pool):
+            self._pool, self._at = os.urandom(4096), 0
+        self._at += 4
+        return self._pool[self._at - 4:self._at]
+
+
+class AnswerBudget:
+    """What all clients that do not read may hold together, and who holds most."""
+
+    __slots__ = ("limit", "holders")
+
+    def __init__(self, memory_bytes: int) -> None:
+        self.limit = min(_BUDGET_MAX, memory_bytes // 4) if memory_bytes else _BUDGET_MAX
+        self.holders: dict[MiddleRelay, None] = {}
+
+    def judge(self, relay: MiddleRelay) -> float:
+        """How full a queue is: below 1 fine, from 1 on full, from 2 on too much (D14); it has grown or shrunk."""
+        outlet = relay.outlet
+        if not outlet.pending:
+            self.holders.pop(relay, None)
+            return 0.0
+        self.holders[relay] = None
+        size = outlet.pending if outlet.waiting > 1 else 0       # one message is always admitted
+        fill = max(outlet.waiting / ANSWERS_MAX, size / ANSWER_BYTES_MAX)
+        if fill < 1 and outlet.arena.queued > self.limit:        # of all flows: only then it is worth adding up
+            held = [other.outlet.pending for other in self.holders]
+            if sum(held) > self.limit and outlet.pending >= max(held):
+                return 1.0
+        return fill
+
+
+class DesyncLog:
+    """Reports of client streams that fell out of step: in full once a minute per client (middle-proxy-wire.md 9, D18)."""
+
+    __slots__ = ("counters", "_key", "_seen")
+
+    def __init__(self, counters: MeCounters) -> None:
+        self.counters = counters
+        self._key = KeyedHmac(os.urandom(32))  # hashes of IPv4 addresses without a key could be undone
+        self._seen: dict[tuple[str, bytes, str], float] = {}       # -> end of the window; oldest first
+
+    def report(self, relay: MiddleRelay, error: FrameError, general: General) -> FrameError:
+        """Count and log; return the error that the session ends with."""
+        framing, seat, now = relay.framing, relay.seat, relay.host.loop.now
+        ip_hash = self._key.digest(relay.ticket.ip.encode())[:8]
+        first = self._first((relay.user.name, ip_hash, framing.name), now)
+        full = general.desync_all_full or first
+        self.counters.desync(framing.frames, full)
+        if full:
+            raw = error.prefix.ljust(4, b"\0")
+            log_relay.warn(
+                "Frame too large \u2014 crypto desync forensics", trace_id=f"{seat.conn_id:016x}", conn_id=seat.conn_id,
+                user=relay.user.name, peer_hash=ip_hash.hex(), proto=framing.name, mode="middle_proxy",
+                is_tls=str(relay.inlet.records is not None).lower(), duration_ms=int((now - relay.started_at) * 1000),
+                bytes_c2me=relay.octets_up, bytes_me2c=relay.octets_down, raw_len=error.length, raw_len_hex=f"0x{error.length:08x}",
+                raw_bytes=raw.hex(), max_frame=framing.limit, tls_like=str(framing.name != "abridged" and raw[:2] == b"\x16\x03").lower(),
+                http_like=str(framing.name != "abridged" and raw[:1] in (b"G", b"P", b"H", b"C", b"D")).lower(),
+                frames_ok=framing.frames, dedup_window_secs=_DESYNC_WINDOW_S, desync_all_full=str(general.desync_all_full).lower(),
+                full_reason="desync_all_full" if general.desync_all_full else "first_in_dedup_window",
+                error_class="frame_too_large_crypto_desync")
+            log_relay.debug("Frame too large \u2014 crypto desync forensics", trace_id=f"{seat.conn_id:016x}", peer=relay.peer)
+        else:
+            log_relay.debug("Frame too large \u2014 crypto desync forensic suppressed", trace_id=f"{seat.conn_id:016x}",
+                            user=relay.user.name, frames_ok=framing.frames)
+        return FrameError(error.kind, f"Frame too large: {error.length} (max {framing.limit}), frames_ok={framing.frames}, "
+                                      f"conn_id={seat.conn_id}, trace_id=0x{seat.conn_id:016x}", error.length)
+
+    def _first(self, key: tuple[str, bytes, str], now: float) -> bool:
+        """True if no window of `key` is open; opens one."""
+        seen = self._seen
+        if seen.get(key, -math.inf) > now:
+            return False
+        seen.pop(key, None)
+        seen[key] = now + _DESYNC_WINDOW_S
+        while len(seen) > _DESYNC_KEYS_MAX or seen[next(iter(seen))] <= now:
+            del seen[next(iter(seen))]
+        return True
+
+
+class Seat:
+    """A session's place on a link: where its messages go, and how it leaves."""
+
+    __slots__ = ("conn_id", "dc", "link", "_head")
+
+    def __init__(self, link: MeLink, dc: int, conn_id: int, meta: Meta) -> None:
+        self.conn_id, self.dc = conn_id, dc
+        self.link: MeLink | None = link        # None: the middle end ended it
+        self._head = RequestHead(meta.framing, conn_id, meta.client, meta.ours, meta.ad_tag)
+
+    def send(self, payload: Bytes, quick_ack: bool) -> None:
+        """One message of the client; copied."""
+        if self.link is not None:
+            self.link.push(self._head.build(payload, quick_ack), payload)
+
+    def leave(self, session: Bound) -> None:
+        """Say goodbye, behind everything that was sent; may be called twice."""
+        link, self.link = self.link, None
+        if link is not None:
+            link.push(build_close(self.conn_id))
+            link.unbind(session)
+
+
+class MiddleRelay:
+    """Owner of a client from hand-over to end whose messages go through a link."""
+
+    __slots__ = ("host", "ticket", "user", "peer", "client", "inlet", "framing", "outlet", "seat", "octets_up", "octets_down",
+                 "last_at", "started_at", "stage", "alarm")
+
+    def __init__(self, host: MiddleHost, ticket: Ticket, peer: str, inlet: Inlet, framing: Framing, outlet: Outlet, seat: Seat) -> None:
+        self.host, self.ticket, self.user, self.peer = host, ticket, ticket.user, peer
+        self.client = inlet.source
+        self.inlet, self.framing, self.outlet, self.seat = inlet, framing, outlet, seat
+        self.octets_up = self.octets_down = 0  # messages without their framing
+        self.last_at = self.started_at = host.loop.now
+        self.stage = RelayStage.OPEN
+        self.alarm: Timer | None = None        # a full queue, or the end of a stage
+
+    @property
+    def conn_id(self) -> int:
+        """The name of the session on its link."""
+        return self.seat.conn_id
+
+    @property
+    def dc(self) -> int:
+        """The data centre it asked for."""
+        return self.seat.dc
+
+    def start(self, early: bytes, meta: Meta) -> None:
+        """Take the seat and go; `early`: what the client has said already, in clear."""
+        link = self.seat.link
+        assert link is not None
+        self.user.stats.current += 1
+        if self.host.count_users:
+            self.user.stats.connects += 1
+        self.client.watch(READ, self.on_client)
+        link.bind(self, meta)
+        if early:
+            self._take(memoryview(early))
+
+    # -- the client's socket
+
+    def on_client(self, mask: int) -> None:
+        """It is ready."""
+        wanted = self.client.mask
+        try:
+            if wanted & WRITE and mask & ~READ:
+                self._flush()
+            if mask & ~WRITE and self.stage is not RelayStage.ENDED:
+                if self.stage is not RelayStage.OPEN:
+                    if not self.inlet.discard():
+                        self.close(None)
+                elif wanted & READ:
+                    self._read()
+                else:                          # not read at the moment, and gone
+                    self.close(_GONE_CLIENT)
+        except (OSError, WireError) as error:
+            self.close(error)
+
+    def _read(self) -> None:
+        data, records = self.inlet.run(), self.inlet.records
+        if data is not None:
+            if not data:
+                self.close(_GONE_CLIENT if self.framing.inside_frame else None)
+                return
+            self._take(data)
+        if records is not None and self.stage is RelayStage.OPEN:
+            if records.failed is not None:
+                self.close(records.failed)
+            elif records.closed:
+                self.close(None)
+
+    def _take(self, data: memoryview) -> None:
+        """Pass on the messages that are complete."""
+        self.last_at = self.host.loop.now
+        frames, send = self.framing.feed(data), self.seat.send
+        if frames:
+            octets = messages = 0
+            for payload, quick_ack in frames:
+                size = len(payload)
+                octets += size
+                messages += (size + _MSG_LESS_ONE) >> _MSG_BITS
+                send(payload, quick_ack)
+            self.octets_up += octets
+            user = self.user
+            user.used += octets
+            if self.host.count_users:
+                user.stats.octets_from_client += octets
+                user.stats.msgs_from_client += messages
+            if user.used >= user.mark and self.host.quota_reached(user):
+                self._over_quota()
+        if self.framing.failed is not None and self.stage is RelayStage.OPEN:
+            self._refuse(self.framing.failed)
+
+    def _refuse(self, error: FrameError) -> None:
+        """A frame that cannot be ends this session, never its link (middle-proxy-wire.md D9)."""
+        host = self.host
+        if error.kind == "too_large":
+            error = host.desyncs.report(self, error, host.settings.general)
+        elif error.kind == "too_small":
+            log_relay.warn("Frame too small \u2014 corrupt or probe", user=self.user.name, conn_id=self.conn_id, size=error.length)
+            if self.framing.name == "secure":
+                host.desyncs.counters.count("secure_padding_invalid_total")
+        self.close(error)
+
+    def _over_quota(self) -> None:
+        log_relay.warn("User data quota reached, closing relay", user=self.user.name)
+        self.close(None)
+
+    # -- what the link calls
+
+    def hold(self, on: bool) -> None:
+        """Pause or resume reading the client."""
+        if self.stage is RelayStage.OPEN:
+            self.client.want((HANGUP if on else READ) | self.client.mask & WRITE)
+
+    def on_answer(self, region: Region, at: int, size: int) -> None:
+        """Data for the client; it is framed where it lies."""
+        if self.stage is not RelayStage.OPEN:
+            return
+        try:
+            self.outlet.add(*self.framing.enclose(region.view, at, size, _noise.take()))
+        except FrameError as error:
+            log_relay.warn("Answer of the middle end cannot be framed: %s", error, user=self.user.name, conn_id=self.conn_id)
+            self.seat.leave(self)
+            self._wind_up()
+            return
+        self.octets_down += size
+        user = self.user
+        user.used += size
+        if self.host.count_users:
+            user.stats.octets_to_client += size
+            user.stats.msgs_to_client += (size + _MSG_LESS_ONE) >> _MSG_BITS
+
+    def on_ack(self, region: Region, at: int) -> None:
+        """A quick-ack token for the client."""
+        self.framing.ack(region.view, at)
+        self.outlet.add(at, 4)
+
+    def on_run_end(self, region: Region) -> None:
+        """Write everything that one read of the link brought."""
+        outlet, user = self.outlet, self.user
+        if self.stage is RelayStage.ENDED:
+            return
+        before = outlet.sent
+        try:
+            outlet.run(region)
+        except OSError as error:
+            self.close(error)
+            return
+        if outlet.sent != before:
+            self.last_at = self.host.loop.now
+        if user.used >= user.mark and self.host.quota_reached(user):
+            self._over_quota()
+        elif outlet.pending and self.stage is RelayStage.OPEN:
+            self._judge_queue()
+
+    def on_middle_closed(self, region: Region | None) -> None:
+        """Nothing will come any more: let the client have what there is, then the end."""
+        self.seat.link = None
+        if region is not None:
+            self.on_run_end(region)
+        if self.stage is RelayStage.OPEN:
+            self._wind_up()
+
+    def on_crash(self) -> None:
+        """Our own error in a handler: it cost this session."""
+        self.close(InternalError("internal error"))
+
+    # -- a client that does not read
+
+    def _judge_queue(self) -> None:
+        """Start, keep or stop the patience with a full queue (D14)."""
+        fill = self.host.answers.judge(self)
+        if fill >= 2:
+            self._on_stalled()
+        elif fill < 1:
+            self._disarm()
+        elif self.alarm is None:
+            wait_ms = self.host.settings.general.me_route_backpressure_high_timeout_ms
+            self.alarm = self.host.loop.call_later(wait_ms / 1000, self._on_stalled)
+
+    def _on_stalled(self) -> None:
+        self.host.desyncs.counters.queue_full()
+        log_relay.debug("Answer queue full, session dropped", user=self.user.name, conn_id=self.conn_id, bytes=self.outlet.pending)
+        self.close(None)
+
+    def _flush(self) -> None:
+        outlet = self.outlet
+        before = outlet.sent
+        done = outlet.flush()
+        if outlet.sent != before:
+            self.last_at = self.host.loop.now
+        if self.stage is RelayStage.OPEN:
+            self._judge_queue()
+        elif done and self.stage is RelayStage.FLUSHING:
+            self._linger()
+
+    def _disarm(self) -> None:
+        if self.alarm is not None:
+            self.alarm.cancel()
+            self.alarm = None
+
+    # -- the end
+
+    def _wind_up(self) -> None:
+        """No link any more: flush, half-close, wait for the client's end (D13)."""
+        self._disarm()
+        self.stage = RelayStage.FLUSHING
+        self.client.want(READ | self.client.mask & WRITE)      # reading on avoids a reset that would destroy data in flight
+        self.alarm = self.host.loop.call_later(_FLUSH_S, self._on_wound_up)
+        if not self.outlet.pending:
+            self._linger()
+
+    def _linger(self) -> None:
+        self._disarm()
+        self.stage = RelayStage.LINGERING
+        self.client.finish()
+        self.alarm = self.host.loop.call_later(_LINGER_S, self._on_wound_up)
+
+    def _on_wound_up(self) -> None:
+        self.alarm = None
+        self.close(None)
+
+    def expire_idle(self, now: float) -> None:
+        """Called by the sweep when the idle limit has passed."""
+        log_relay.warn("Activity timeout", user=self.user.name, c2s_bytes=self.octets_up, s2c_bytes=self.octets_down,
+                       idle_secs=int(now - self.last_at))
+        self.close(None)
+
+    def drain(self) -> None:
+        """The process stops: say goodbye to the middle end, let what waits for the client go out."""
+        self.seat.leave(self)
+        if self.outlet.pending and self.stage is not RelayStage.ENDED:
+            self._wind_up()
+        else:
+            self.close(None)
+
+    def close(self, error: Exception | None) -> None:
+        """Close the client and give everything back; may be called twice."""
+        if self.stage is RelayStage.ENDED:
+            return
+        self.stage = RelayStage.ENDED
+        self._disarm()
+        self.seat.leave(self)
+        self.host.answers.holders.pop(self, None)
+        self.outlet.close()
+        self.client.close()
+        self.user.stats.current -= 1
+        self.ticket.release(self.host.loop.now)
+        report_end(error, peer=self.peer, user=self.user.name)
+        log_relay.debug("ME relay cleanup", user=self.user.name, conn_id=self.conn_id, c2s_bytes=self.octets_up, s2c_bytes=self.octets_down)
+        self.host.ended(self)
+
+
+FRAMINGS: Final[Mapping[str, type[Framing]]] = {framing.name: framing for framing in (Abridged, Intermediate, Secure)}
+_noise: Final = Noise()
+_GONE_CLIENT: Final = ConnectionResetError(errno.ECONNRESET, "client left")
+
+
 def report_end(error: Exception | None, **fields: object) -> None:
     """Log why a connection ended, as client-protocol.md 2.5 words it; None = in good order."""
     if error is None:
@@ -8932,14 +10862,14 @@ _TLS_START: Final = b"\x16\x03\x01"
 _EVERY_TRANSPORT: Final = tuple(Transport)   # inside FakeTLS the modes are not asked (client-protocol.md 5.3)
 
 
-class Core(RelayHost, Protocol):
+class Core(MiddleHost, Protocol):
     """What every session shares; the server provides it."""
 
-    settings: Settings
     arena: Arena
     counters: Counters
     doorman: Doorman
     upstreams: Upstreams
+    pool: Pool | None                    # None: every session is direct
     fronts: FrontProfiles
     handshakes: Handshakes
     masks: Masks
@@ -9449,20 +11379,22 @@ _LEFT: Final = ConnectionResetError(errno.ECONNRESET, "client left")
 class Routing:
     """An authenticated client until its data centre is connected.  Owns the client's stream and its ticket."""
 
-    __slots__ = ("core", "settings", "stream", "peer", "ip", "user", "preamble", "records", "early", "ticket", "cycle", "closed")
+    __slots__ = ("core", "settings", "stream", "peer", "ip", "port", "local", "user", "preamble", "records", "early", "ticket", "cycle",
+                 "waiting", "closed")
 
     def __init__(self, session: ClientSession, user: User, preamble: Preamble) -> None:
         self.core, self.settings, self.stream = session.core, session.settings, session.stream
-        self.peer, self.ip = session.peer, session.ip
+        self.peer, self.ip, self.port, self.local = session.peer, session.ip, session.port, session.local
         self.user, self.preamble = user, preamble
         self.records, self.early = session.records, session.inbox    # what the client says before its data centre listens
         self.ticket: Ticket | None = None
         self.cycle: Cycle | None = None
+        self.waiting: Waiting | None = None    # for a link to the middle end
         self.closed = False
 
     def start(self) -> None:
-        """Judge the user's limits and dial."""
-        name, general, dc = self.user.name, self.settings.general, self.preamble.dc
+        """Judge the user's limits and choose a way."""
+        name, pool = self.user.name, self.core.pool
         self.stream.watch(READ if len(self.early) < _EARLY_MAX else HANGUP, self.on_readable)
         if self.records is not None and (self.records.failed or self.records.closed):
             self.close(self.records.failed or _LEFT)
@@ -9473,9 +11405,28 @@ class Routing:
             log_session.warn("User limit exceeded", user=name, error=error)
             self.close(error)
             return
-        if general.use_middle_proxy and not general.auto_degradation_enabled:
+        if pool is None:
+            self._go_direct()
+        else:
+            self._on_way(pool.route(self.preamble.dc, True))
+
+    def _on_way(self, way: Way) -> None:
+        """What the pool says, at once or after waiting for a link."""
+        pool, self.waiting = self.core.pool, None
+        assert pool is not None
+        if isinstance(way, Bind):
+            self._join_link(pool.links[way.link_id])
+        elif isinstance(way, Hold):
+            self.waiting = pool.wait(way, self.preamble.dc, True, self._on_way)
+        elif isinstance(way, GoDirect):
+            self.core.counters.me.count("fallback_sessions_total")
+            self._go_direct()
+        else:
             self.close(RouteError("Middle-End not usable"))
-            return
+
+    def _go_direct(self) -> None:
+        """Dial the data centre itself."""
+        name, dc = self.user.name, self.preamble.dc
         scope = name[len("scope_"):] if name.startswith("scope_") else ""
         self.cycle = self.core.upstreams.connect_dc(dc, self.settings, scope, self._on_dc)
         if log_session.enabled(Level.INFO):
@@ -9536,6 +11487,26 @@ class Routing:
         core.hand_over(self, relay)
         core.loop.call(relay.start, opening.block + early, len(early))
 
+    def _join_link(self, link: MeLink) -> None:
+        """Give the client to a relay through the middle end; from here that one closes it."""
+        core, preamble, general, backend = self.core, self.preamble, self.settings.general, self.core.doorman.backend
+        assert self.ticket is not None and core.pool is not None
+        framing = FRAMINGS[preamble.transport.word](min(general.max_client_frame, CLIENT_FRAME_MAX))
+        ours, our_port = self.local or self.stream.local_end() or ("0.0.0.0", self.settings.server.port)
+        tag = self.settings.access.user_ad_tags.get(self.user.name) or general.ad_tag
+        meta = Meta(framing.name, (self.ip, self.port), (core.pool.our_ip(ours), our_port), bytes.fromhex(tag) if tag else None)
+        cipher = backend.ctr(preamble.to_client_key, preamble.to_client_iv)
+        relay = MiddleRelay(core, self.ticket, self.peer, Inlet(core.arena, self.stream, self.records, preamble.from_client), framing,
+                            Outlet(core.arena, self.stream, cipher, self.records is not None),
+                            Seat(link, preamble.dc, core.pool.bindings.new_id(), meta))
+        early = preamble.from_client.update(self.early.take_all())
+        self.closed = True
+        core.hand_over(self, relay)
+        if log_session.enabled(Level.INFO):
+            log_session.info("Routing via Middle-End", user=self.user.name, peer=self.peer, dc=preamble.dc, proto=framing.name,
+                             mode="middle_proxy", link=link.id)
+        core.loop.call(relay.start, early, meta)
+
     def on_crash(self) -> None:
         """Our own error in a handler: it cost this connection."""
         self.close(InternalError("internal error"))
@@ -9547,6 +11518,8 @@ class Routing:
         self.closed = True
         if self.cycle is not None:
             self.cycle.abort()
+        if self.waiting is not None and self.core.pool is not None:
+            self.core.pool.bindings.leave(self.waiting)
         if self.ticket is not None:
             self.ticket.release(self.core.loop.now)
         self.stream.close()
@@ -9637,10 +11610,10 @@ class Sweep:
 
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
-        self.relays: set[DirectRelay] = set()
+        self.relays: set[DirectRelay | MiddleRelay] = set()
         self._timer: Timer | None = None
 
-    def add(self, relay: DirectRelay) -> None:
+    def add(self, relay: DirectRelay | MiddleRelay) -> None:
         """Watch over a relay from now on."""
         self.relays.add(relay)
         self._arm(self._due_at(relay))
@@ -9650,7 +11623,7 @@ class Sweep:
         if self.relays:
             self._arm(min(map(self._due_at, self.relays)))
 
-    def _due_at(self, relay: DirectRelay) -> float:
+    def _due_at(self, relay: DirectRelay | MiddleRelay) -> float:
         """Monotonic time at which the relay has to be looked at."""
         return relay.last_at + IDLE_LIMIT_S if relay.user.expires_wall == math.inf else self.loop.now
 
@@ -9708,6 +11681,22 @@ class Server:
         self.sources.upstreams, self.sources.path = self.upstreams.rows, self.upstreams.network_path
         self.sweep = Sweep(loop)
         self.quotas = QuotaState(loop, self.doorman.users, settings.general.quota_state_path)
+        self.answers = AnswerBudget(memory_size())
+        self.desyncs = DesyncLog(self.counters.me)
+        self.pool: Pool | None = None
+        self.directory: Directory | None = None
+        if settings.general.use_middle_proxy:
+            self._build_middle(backend)
+
+    def _build_middle(self, backend: Backend) -> None:
+        """Links to the middle end; accept() starts them."""
+        settings, loop = self.settings, self.loop
+        origin = Origin(backend, os.urandom, os.getpid(), int(time.time()))
+        self.pool = Pool(loop, settings, self.counters, self.arena, self.upstreams, ConfiguredAddresses(settings.network), origin,
+                         FirstPlanner(settings, draw_fraction, loop.now))
+        families = [family for family, on in ((4, settings.network.ipv4), (6, settings.network.ipv6)) if on]
+        self.directory = Directory(loop, settings, Downloads(loop, self.upstreams).fetch, families, self.pool)
+
 
     def open_listeners(self) -> Iterator[tuple[ListenerEntry, int]]:
         """Bind every configured TCP listener, one a step; yield the ones that work, with their real port."""
@@ -9733,6 +11722,9 @@ class Server:
     def accept(self) -> None:
         """Let clients in, and begin what runs beside them."""
         self.fronts.start()
+        if self.pool is not None and self.directory is not None:
+            self.pool.on_families()
+            self.directory.start()
         for listener in self.places.listeners:
             listener.resume()
         self.sources.stage = "ready"
@@ -9762,6 +11754,9 @@ class Server:
         self.counters.gate(settings.general.telemetry.core_enabled, settings.general.telemetry.me_level)
         self.count_users = settings.general.telemetry.user_enabled
         self.handshakes.apply(settings)
+        if self.pool is not None and self.directory is not None:
+            self.pool.apply(settings)
+            self.directory.apply(settings)
         if OPTIONS_INHERITED:
             for listener in self.places.listeners:
                 if not isinstance(listener.address, str):      # a unix socket has no such options
@@ -9830,7 +11825,7 @@ class Server:
     def hand_over(self, old: Connection, new: Connection) -> None:
         """A connection goes on with another owner."""
         self.places.swap(old, new)
-        if isinstance(new, DirectRelay):
+        if isinstance(new, (DirectRelay, MiddleRelay)):
             self.sweep.add(new)
 
     def quota_reached(self, user: User) -> bool:
@@ -9842,7 +11837,7 @@ class Server:
     def ended(self, owner: Connection) -> None:
         """A connection closed its streams."""
         self.places.give(owner)
-        if isinstance(owner, DirectRelay):
+        if isinstance(owner, (DirectRelay, MiddleRelay)):
             self.sweep.relays.discard(owner)
         if self.stopping and not self.places.owners:
             self.loop.stop()
@@ -9856,7 +11851,7 @@ class Server:
         self.masks.observer.flush()
         self.sources.admit(False, "reason=stop")
         for owner in list(self.places.owners):
-            if isinstance(owner, DirectRelay):
+            if isinstance(owner, (DirectRelay, MiddleRelay)):
                 owner.drain()
             else:
                 owner.close(None)
@@ -9879,6 +11874,14 @@ def set_unix_mode(path: str, text: str) -> str:
         log_server.error("Failed to set unix socket permissions to %s: IO error: %s (os error %s)", text, error.strerror, error.errno)
         return ""
     return f" (mode {text})"
+
+
+def memory_size() -> int:
+    """Physical memory in bytes, 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return 0
 
 
 def detect_addresses(settings: Settings) -> tuple[str | None, str | None]:
@@ -11705,10 +13708,6 @@ def print_facts(server: Server) -> None:
         log_cli.info("Runtime DNS overrides configured: %d entries", len(settings.network.dns_overrides))
     if settings.access.replay_check_len == 0:
         log_cli.warn("access.replay_check_len = 0: replayed handshakes are not recognised")
-    if settings.general.use_middle_proxy:
-        log_cli.warn("Middle-End not usable (not part of this version): new sessions %s",
-                     "go direct; no ad tag, media of other DCs may not load" if settings.general.auto_degradation_enabled
-                     else "wait and close")
     log_cli.info("Transport: Direct DC - TCP - standard DC-over-TCP")
 
 

@@ -23,7 +23,9 @@ def settings_of(text):
     """Settings of a configuration text; a user `alice` is there unless the text has its own table."""
     if "[access.users]" not in text:
         text += f'\n[access.users]\nalice = "{SECRET}"\n'
-    return telemt.parse_settings(telemt.parse_document(text), telemt.Draws(lambda: 1500)).settings
+    document = telemt.parse_document(text)
+    document.setdefault("general", {}).setdefault("use_middle_proxy", False)       # nothing here may ask the real Telegram
+    return telemt.parse_settings(document, telemt.Draws(lambda: 1500)).settings
 
 
 def control_of(server, path):
@@ -206,6 +208,7 @@ class FakeCore:
         self.noted = []                        # (class, IP) of everybody who was observed
         self.masks.observer.note = lambda kind, ip: self.noted.append((kind, ip))
         self.half_closed = self.loop.lane(telemt.HALF_CLOSED_S, telemt.DirectRelay.on_half_closed_timeout)
+        self.pool, self.answers, self.desyncs = None, telemt.AnswerBudget(0), telemt.DesyncLog(self.counters.me)
         self.count_users = True
         self.quotas = telemt.QuotaState(self.loop, self.doorman.users, None)
         self.owners, self.finished = set(), 0

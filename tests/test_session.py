@@ -404,14 +404,6 @@ def test_scope_comes_from_the_user_name(make_core):
     client.close()
 
 
-def test_wanted_middle_end_without_degradation_waits_for_nobody(make_core):
-    core = make_core("[general]\nuse_middle_proxy = true\nauto_degradation_enabled = false\n" + ALL_MODES)
-    client = core.connect()
-    client.sendall(client_preamble()[0])
-    assert outcome(core, client) == (b"", True, None) and not core.upstreams.asked
-    client.close()
-
-
 def test_a_crash_costs_one_session(make_core, monkeypatch):
     core = make_core()
     monkeypatch.setattr(core.doorman, "find_header", lambda *_: 1 // 0)

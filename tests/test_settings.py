@@ -786,7 +786,7 @@ def reloaded(old, new, users=f'[access.users]\nalice = "{SECRET}"\n'):
     ("", "[server.api]\nenabled = true\nread_only = true", "server.api changed"),
     ("", '[censorship]\ntls_domain = "a.b"', "censorship.tls_domain changed ('petrovich.ru' → 'a.b')"),
     ("[network]\nprefer = 4", "[network]\nipv6 = true\n", "network.ipv4/ipv6 changed"),
-    ("", "[general]\nuse_middle_proxy = false", "use_middle_proxy changed"),
+    ("[general]\nuse_middle_proxy = true", "[general]\nuse_middle_proxy = false", "use_middle_proxy changed"),
     ("", "[general]\nstun_nat_probe_concurrency = 3", "general.stun_nat_probe_concurrency changed"),
     ("", "[general]\nupstream_connect_retry_attempts = 3\nrpc_proxy_req_every = 20", "general.upstream_* changed"),
     ("", '[[upstreams]]\ntype = "direct"\nweight = 3', "upstreams changed"),
