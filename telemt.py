@@ -3157,10 +3157,13 @@ class FrontProfile(NamedTuple):
     order: tuple[int, ...] = (_EXT_VERSIONS, _EXT_SHARES)
     fetched_wall: float = 0.0                                    # unix seconds
     source: str = "default"                                      # or probe, file
+    # Samples for hellos without the X25519MLKEM768 share, where the host prefers that group: OpenSSL then adds its list of
+    # groups, 10 bytes.  Empty: the same.
+    plain: tuple[int, ...] = ()
 
-    def shape(self, entropy: Entropy) -> FrontShape:
-        """The looks of one answer: one of the samples, as far as clients accept it."""
-        flights = self.flights
+    def shape(self, entropy: Entropy, hybrid: bool = True) -> FrontShape:
+        """The looks of one answer: one of the samples, as far as clients accept it.  hybrid: the client sent that share."""
+        flights = self.flights if hybrid or not self.plain else self.plain
         size = flights[0] if len(flights) == 1 else flights[int.from_bytes(entropy(4), "big") % len(flights)]
         return FrontShape(min(max(size, FLIGHT_MIN), FLIGHT_MAX), self.suite, self.group, self.order)
 
@@ -3638,7 +3641,8 @@ def build_front_file(domain: str, profile: FrontProfile, hello: ServerHello) -> 
         "server_hello_template": template, "cert_info": None, "cert_payload": None, "app_data_records_sizes": [size],
         "total_app_data_len": max(size, 1024), "domain": domain,
         "profile": {"v": 1, "suite": profile.suite, "group": profile.group, "order": list(profile.order),
-                    "flights": list(profile.flights), "fetched_at": int(profile.fetched_wall)},
+                    "flights": list(profile.flights), "fetched_at": int(profile.fetched_wall),
+                    **({"plain": list(profile.plain)} if profile.plain else {})},
     }, indent=2).encode()
 
 
@@ -3683,7 +3687,8 @@ def _parse_profile(document: Any) -> FrontProfile:
         raise ValueError("not a profile")
     if sorted(order) != [_EXT_VERSIONS, _EXT_SHARES] or fetched_at > 1 << 40:
         raise ValueError("not a profile")
-    return FrontProfile(flights, suite, group, order, float(fetched_at), "file")
+    plain = _numbers(entry, "plain", _FLIGHT_IN_MAX, FRONT_SAMPLES) if "plain" in entry else ()
+    return FrontProfile(flights, suite, group, order, float(fetched_at), "file", plain)
 
 
 def _expect(kind: type[_T], table: Any, name: str) -> _T:
@@ -9859,13 +9864,17 @@ class Probe:
 
 
 class Fetch:
-    """Up to three probes for one domain.  done(fetch) comes once; `samples` is empty if none could be used, `error` says why."""
+    """Up to three probes for one domain.  done(fetch) comes once; `samples` is empty if none could be used, `error` says why.
 
-    __slots__ = ("samples", "hello", "error", "_fronts", "_domain", "_header", "_probe", "_left", "_hybrid", "_done")
+    Where the host prefers X25519MLKEM768, the last one asks without it, as older clients do: `plain` is the sample of that.
+    """
+
+    __slots__ = ("samples", "plain", "hello", "error", "_fronts", "_domain", "_header", "_probe", "_left", "_hybrid", "_done")
 
     def __init__(self, fronts: FrontProfiles, domain: str, header: bytes, done: Callable[[Fetch], None]) -> None:
         self.samples: list[int] = []
-        self.hello: ServerHello | None = None
+        self.plain: list[int] = []
+        self.hello: ServerHello | None = None  # of the last usable answer
         self.error = ""
         self._fronts, self._domain, self._header = fronts, domain, header
         self._left = FRONT_SAMPLES
@@ -9886,12 +9895,20 @@ class Fetch:
 
     def _ask(self) -> None:
         fronts = self._fronts
-        hello = build_probe_hello(self._domain, fronts.make_key, fronts.entropy, self._hybrid)
+        hello = build_probe_hello(self._domain, fronts.make_key, fronts.entropy, self._hybrid and not self._asks_plainly)
         self._probe = Probe(fronts.loop, fronts.connect, self._header + hello, self._on_answer)
 
+    @property
+    def _asks_plainly(self) -> bool:
+        """True for the probe that leaves out the group which the host prefers."""
+        return self._left == 1 and self.hello is not None and profile_of(self.hello).group == GROUP_HYBRID
+
     def _on_answer(self, probe: Probe) -> None:
+        plainly = self._asks_plainly
         self._left -= 1
-        if not probe.error:
+        if plainly:
+            self.plain += [probe.reader.flight] if not probe.error else []
+        elif not probe.error:
             assert probe.reader.hello is not None
             self.samples.append(probe.reader.flight)
             self.hello = probe.reader.hello
@@ -9990,7 +10007,8 @@ class Front:
         assert fetch.hello is not None
         fronts = self._fronts
         self.fetched, self.failures = True, 0
-        self._take(profile_of(fetch.hello)._replace(flights=tuple(fetch.samples), fetched_wall=fronts.wall(), source="probe"))
+        self._take(profile_of(fetch.hello)._replace(flights=tuple(fetch.samples), plain=tuple(fetch.plain),
+                                                     fetched_wall=fronts.wall(), source="probe"))
         log_masking.debug("TLS cache updated", domain=self.domain, len=max(fetch.samples))
         if is_front_name(self.domain):
             text = build_front_file(self.domain, self.profile, fetch.hello).decode()
@@ -10095,9 +10113,9 @@ class FrontProfiles:
 
     # -- for the session
 
-    def shape(self, server_name: str | None) -> FrontShape:
-        """Looks of one answer for a server name; unknown or missing: the primary domain's."""
-        return self._fronts.get(_front_key(server_name or ""), self._primary).profile.shape(self.entropy)
+    def shape(self, server_name: str | None, hybrid: bool = True) -> FrontShape:
+        """Looks of one answer for a server name; unknown or missing: the primary domain's.  hybrid: with that share in the hello."""
+        return self._fronts.get(_front_key(server_name or ""), self._primary).profile.shape(self.entropy, hybrid)
 
     def share(self, group: int) -> bytes:
         """A fresh server share: 32 bytes for X25519, 1120 for X25519MLKEM768 (the ciphertext first)."""
@@ -11243,7 +11261,7 @@ def answer_hello(core: Core, record: bytes, ip: str, peer: str) -> tuple[User, b
     except WireError:
         log_session.debug("TLS handshake validation failed - no matching user or time skew", peer=peer)
         raise
-    shape = core.fronts.shape(hello.server_name)
+    shape = core.fronts.shape(hello.server_name, GROUP_HYBRID in hello.groups)
     group = choose_group(hello, shape.group)
     try:
         doorman.check_hello(hello, timed, core.loop.now)

@@ -200,6 +200,7 @@ def openssl_host(certificate: tuple[Path, Path], groups: bytes = b"X25519MLKEM76
     from OpenSSL import SSL
     context = SSL.Context(SSL.TLS_SERVER_METHOD)
     context.set_min_proto_version(SSL.TLS1_3_VERSION)
+    context.set_options(1 << 7)                  # SSL_OP_IGNORE_UNEXPECTED_EOF, as nginx does: no alert when the client just leaves
     context.use_certificate_chain_file(str(certificate[0]))
     context.use_privatekey_file(str(certificate[1]))
     context.set_alpn_select_callback(lambda _connection, offered: b"http/1.1" if b"http/1.1" in offered else SSL.NO_OVERLAPPING_PROTOCOLS)
@@ -216,7 +217,9 @@ def openssl_host(certificate: tuple[Path, Path], groups: bytes = b"X25519MLKEM76
             connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(page) + page)
             connection.shutdown()
         except SSL.Error:
-            pass
+            with contextlib.suppress(OSError):   # nginx reads ahead: nothing unread turns its end into a reset
+                while sock.recv(65_536, socket.MSG_DONTWAIT):
+                    pass
     return Host(serve, port)
 
 

@@ -426,6 +426,7 @@ def test_our_file_comes_back_as_it_was():
 @pytest.mark.parametrize("change", [
     {"profile": None}, {"profile__v": 2}, {"profile__group": 23}, {"profile__suite": 0xC02F}, {"profile__order": [43]},
     {"profile__flights": []}, {"profile__flights": [1, 2, 3, 4]}, {"profile__flights": [True]}, {"profile__flights": [-1]},
+    {"profile__plain": [1] * 4}, {"profile__plain": 7},
     {"profile__fetched_at": -1},
     {"profile__fetched_at": 1 << 70}, {"profile__fetched_at": 1.5}, {"profile": "x"}, {"profile__order": [43, 43]},
 ])
@@ -453,7 +454,7 @@ REFERENCE_FILE = {                                # as tls-front.md 2.1 prints i
 ])
 def test_file_of_the_reference_is_read(change, expect):
     domain, profile = telemt.parse_front_file(json.dumps({**REFERENCE_FILE, **change}).encode(), 99.5)
-    assert (domain, tuple(profile)) == ("example.com", (*expect, 99.5, "file"))
+    assert (domain, tuple(profile)) == ("example.com", (*expect, 99.5, "file", ()))
 
 
 @pytest.mark.parametrize("data", [

@@ -135,8 +135,8 @@ def test_three_probes_make_a_profile_and_a_file(bench):
     hello = b.answer(answer(2600, suite=0x1302, order=(51, 43)))
     _, extensions, _ = dissect(hello)
     assert dict(extensions)[0] == b"\0\x0c\0\0\x09a.example" and is_grease(extensions[0][0])
-    b.fetch(answer(27, 2574), answer(2602, group=4588, suite=0x1303))
-    assert b.profile() == FrontProfile((2600, 2601, 2602), 0x1303, 4588, (43, 51), b.profile().fetched_wall, "probe")
+    b.fetch(answer(27, 2574), answer(2602, suite=0x1303))
+    assert b.profile() == FrontProfile((2600, 2601, 2602), 0x1303, 29, (43, 51), b.profile().fetched_wall, "probe")
     assert not b.asked and not b.texts() and ("DEBUG", "TLS cache updated domain=a.example len=2602") in b.log
     path = b.folder / "a.example.json"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and os.listdir(b.folder) == ["a.example.json"]
@@ -144,6 +144,26 @@ def test_three_probes_make_a_profile_and_a_file(bench):
     assert document["profile"]["flights"] == [2600, 2601, 2602] and document["server_hello_template"]["cipher_suite"] == [0x13, 3]
     b.turn(5.0)
     assert 14_395 <= b.next_s <= 28_795
+
+
+def test_a_host_that_prefers_the_hybrid_group_is_asked_without_it_too(bench):
+    """OpenSSL adds its list of groups to the flight where the client did not offer the best one: 10 bytes more."""
+    b = bench()
+    groups = [telemt.parse_client_hello(b.answer(data)).groups for data in (
+        answer(2600, group=4588), answer(2601, group=4588, suite=0x1303), answer(2611))]
+    assert groups == [{29, 4588}, {29, 4588}, {29}]
+    assert b.profile() == FrontProfile((2600, 2601), 0x1303, 4588, (43, 51), b.profile().fetched_wall, "probe", (2611,))
+    assert {b.fronts.shape(None, True).size for _ in range(40)} == {2600, 2601} and b.fronts.shape(None, False).size == 2611
+    again = Bench(b.folder)
+    assert again.profile() == b.profile()._replace(source="file", fetched_wall=float(int(b.profile().fetched_wall)))
+    again.dispose()
+
+
+def test_a_host_that_has_nothing_but_the_hybrid_group(bench):
+    b = bench()
+    b.fetch(answer(2600, group=4588), answer(2601, group=4588), tls_record(0x15, b"\2\x28"))
+    assert (b.profile().flights, b.profile().plain) == ((2600, 2601), ()) and not b.texts()
+    assert b.fronts.shape(None, False).size in (2600, 2601)
 
 
 def test_a_whole_answer_counts_when_the_host_hangs_up_or_goes_on_in_pieces(bench):
