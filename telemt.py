@@ -19,7 +19,7 @@ contents; tools/house_check.py keeps this map true.  Missing numbers are rooms o
    9  rpc         pure  <- 1 2 3 5         links to the middle end: keys, handshake, frames, requests, proxy lists
   10  stats       pure  <- 1               counters, and the snapshots that other threads look at
   11  access      pure  <- 1 2 3 6 7 10    users, limits, tickets, replay windows, who is this
-  12  planner     pure  <- 1 2             which links to the middle end exist: facts and `now` in, actions out
+  12  planner     pure  <- 1 2 10          which links to the middle end exist: facts and `now` in, actions out
   13  loop        io    <- 1               poller, timers, signals, helper threads
   14  streams     io    <- 1 3 7 8 13      sockets; Arena and flows: where bytes move
   15  upstreams   io    <- 1 2 8 10 13 14  data-centre addresses, ways out and their health, connect cycles
@@ -5178,17 +5178,1393 @@ class Beat(NamedTuple):
     again_s: float
 
 
-class Pace(NamedTuple):
-    """A back-off: wait `wait_s` plus up to half of it at random, then double, up to `cap_s` (D7)."""
+# -- facts
 
-    wait_s: float
-    cap_s: float
+class Purpose(enum.Enum):
+    """Why a link is dialled."""
 
-    @classmethod
-    def of_health(cls, general: General) -> Pace:
-        """The pace of a group below its floor."""
-        base_s = general.me_reconnect_backoff_base_ms / 1000
-        return cls(base_s, max(base_s, general.me_reconnect_backoff_cap_ms / 1000))
+    INIT = "init"              # first links of a group, before anything failed
+    FLOOR = "floor"
+    REFILL = "refill"          # one was lost (8.1)
+    OUTAGE = "outage"          # the only endpoint of a group has no link (9.1)
+    WARM = "warm"              # reserve of the next generation (10.3)
+    REFRESH = "refresh"        # replaces a link that idles too long (9.2)
+    ROTATE = "rotate"          # replaces a reserve link in turn (9.3)
+
+
+_COUNTED: Final = frozenset((Purpose.FLOOR, Purpose.REFILL, Purpose.OUTAGE))       # in reconnect_*_total (D8)
+_CONTOUR: Final = {Phase.ACTIVE: 0, Phase.WARM: 1, Phase.DRAINING: 2}
+_REPLACING: Final = frozenset((Purpose.REFRESH, Purpose.ROTATE))
+
+DIALS_MAX: Final = 32                # in flight, whole pool (D7)
+FLAP_S: Final = 20.0                 # a link that lived no longer puts its endpoint into quarantine (8.2)
+QUARANTINE_S: Final = 25.0
+IDLE_REFRESH_S: Final = 45.0         # the middle end closes links without clients after about a minute (9.2)
+IDLE_STALE_S: Final = 55.0
+PENDING_TTL_S: Final = 1800.0        # a generation that is not promoted by then is dropped (10.2)
+GATE_RETRY_S: Final = 60.0           # D13
+DOWN_S: Final = 6.0                  # without a bindable link for so long a group is down (D2)
+HOLD_S: Final = 3.0                  # a session waits so long for a link (D6)
+PING_LOST_S: Final = 120.0           # an unanswered ping is forgotten (5.4)
+_UNANSWERED_MAX: Final = 3           # pings, then a silent link is given up (D18)
+_SILENT_S: Final = 30.0
+_CUT_STEPS: Final = 20               # a drained link loses its sessions in so many portions, one a second (D14)
+_REFILL_TRIES_MAX: Final = 20        # D9
+_GROUP_MAX: Final = 32_767           # |dc| of a group fits 16 bits
+
+
+class Due:
+    """Collects the moments that a step waits for: `passed` answers, and remembers the earliest that has not come."""
+
+    __slots__ = ("now", "at")
+
+    def __init__(self, now: float) -> None:
+        self.now, self.at = now, math.inf
+
+    def passed(self, at: float) -> bool:
+        """Whether `at` is now or was before."""
+        if at <= self.now:
+            return True
+        if at < self.at:
+            self.at = at
+        return False
+
+
+class Pace:
+    """A back-off: after a failure wait `wait_s` plus up to half of it at random, then double, up to the cap (D7)."""
+
+    __slots__ = ("wait_s", "next_at", "_marked_at")
+
+    def __init__(self) -> None:
+        self.wait_s = 0.0                      # 0: start at the base
+        self.next_at = self._marked_at = -math.inf
+
+    def failed(self, now: float, asked_at: float, base_s: float, cap_s: float, chance: float) -> None:
+        """A dial of `asked_at` failed; one that began before the pause was set does not move it again."""
+        if asked_at > self._marked_at:
+            self.push(now, base_s, cap_s, chance)
+
+    def push(self, now: float, base_s: float, cap_s: float, chance: float) -> None:
+        """Start the next pause.  chance: in [0, 1)."""
+        wait_s = min(max(self.wait_s, base_s), max(base_s, cap_s))
+        self._marked_at = now
+        self.next_at = now + wait_s + chance * max(0.001, wait_s / 2)
+        self.wait_s = 2 * wait_s
+
+    def reset(self) -> None:
+        """All is well: nothing to wait for."""
+        self.wait_s = 0.0
+        self.next_at = self._marked_at = -math.inf
+
+
+class Drain:
+    """How a link drains."""
+
+    __slots__ = ("started_at", "until_at", "fallback", "portion")
+
+    def __init__(self, started_at: float, until_at: float, fallback: bool) -> None:
+        self.started_at, self.until_at, self.fallback = started_at, until_at, fallback
+        self.portion = 0                       # sessions to cut per second once `until_at` has passed
+
+
+class Pulse:
+    """Pings of one link and what they tell."""
+
+    __slots__ = ("ema_ms", "base_ms", "degraded", "sent_at", "unanswered", "heard_at")
+
+    def __init__(self) -> None:
+        self.ema_ms: float | None = None
+        self.base_ms = 0.0
+        self.degraded = False
+        self.sent_at: list[float] = []         # unanswered pings, at most PING_LOST_S old
+        self.unanswered = 0                    # in a row
+        self.heard_at = -math.inf              # so until the first `beat`
+
+
+class LinkFacts:
+    """What is known of one link, from its dial to its end."""
+
+    __slots__ = ("link_id", "dc", "endpoint", "generation", "phase", "purpose", "replaces", "asked_at", "late", "ready_at", "sessions",
+                 "idle_at", "drain", "pulse")
+
+    def __init__(self, link_id: int, dc: int, endpoint: Endpoint, generation: int, purpose: Purpose, asked_at: float,
+                 replaces: int) -> None:
+        self.link_id, self.dc, self.endpoint, self.generation = link_id, dc, endpoint, generation
+        self.phase = Phase.DIALLING
+        self.purpose, self.asked_at, self.replaces = purpose, asked_at, replaces
+        self.late = False                      # dialling for longer than timeouts.me_one_timeout_ms: counts as failed for pacing
+        self.ready_at = self.idle_at = asked_at
+        self.sessions = 0
+        self.drain: Drain | None = None
+        self.pulse = Pulse()
+
+    @property
+    def live(self) -> bool:
+        """May carry new sessions, and is not being replaced."""
+        return self.phase is Phase.ACTIVE or self.phase is Phase.WARM
+
+    def threshold_at(self) -> float:
+        """When it has idled for too long; spread over 6 s so that links of one age do not go together."""
+        return self.idle_at + IDLE_REFRESH_S + self.link_id % 6 if not self.sessions else math.inf
+
+
+class Episode:
+    """The refill after one loss (D9)."""
+
+    __slots__ = ("endpoint", "left", "tries", "next_at", "link_id")
+
+    def __init__(self, endpoint: Endpoint, left: int) -> None:
+        self.endpoint, self.left = endpoint, left
+        self.tries = 0
+        self.next_at = -math.inf
+        self.link_id = 0                       # its dial under way, 0 = none that still counts
+
+
+class Group:
+    """One data centre: what it needs, what it has, and when something is to be done."""
+
+    __slots__ = ("dc", "endpoints", "links", "pace", "outage_pace", "outage", "episode", "fails", "met", "stagger_at", "idle_next_at",
+                 "shadow_at", "due_at", "dialled_at")
+
+    def __init__(self, dc: int, shadow_at: float) -> None:
+        self.dc = dc
+        self.endpoints: tuple[Endpoint, ...] = ()          # in address order; empty: the group left the map
+        self.links: dict[int, LinkFacts] = {}
+        self.pace, self.outage_pace = Pace(), Pace()
+        self.outage = False
+        self.episode: Episode | None = None
+        self.fails: dict[Endpoint, int] = {}   # dials that failed since the last one that did not
+        self.met = False                       # its floor has been reached once
+        self.stagger_at = self.idle_next_at = -math.inf
+        self.shadow_at = shadow_at
+        self.due_at = -math.inf
+        self.dialled_at = -math.inf            # begin of the last dial for its floor
+
+    def count(self, phase: Phase) -> int:
+        """Links of a phase on endpoints that are listed."""
+        return sum(link.phase is phase and link.endpoint in self.endpoints for link in self.links.values())
+
+    def young(self, purposes: Container[Purpose]) -> int:
+        """Dials that still count as such."""
+        return sum(link.phase is Phase.DIALLING and not link.late and link.purpose in purposes for link in self.links.values())
+
+    def dialling(self) -> int:
+        """All dials under way."""
+        return sum(link.phase is Phase.DIALLING for link in self.links.values())
+
+    def fresh(self, generation: int) -> int:
+        """Live links of a generation on endpoints that are listed."""
+        return sum(link.live and link.generation == generation and link.endpoint in self.endpoints for link in self.links.values())
+
+
+def endpoint_order(endpoint: Endpoint) -> tuple[int, int, int]:
+    """Sort key: IPv4 before IPv6, then the address as a number, then the port."""
+    address = ipaddress.ip_address(endpoint[0])
+    return address.version, int(address), endpoint[1]
+
+
+def endpoint_text(endpoint: Endpoint) -> str:
+    """`1.2.3.4:8888`, `[2001:db8::1]:80`."""
+    return f"[{endpoint[0]}]:{endpoint[1]}" if ":" in endpoint[0] else f"{endpoint[0]}:{endpoint[1]}"
+
+
+class ProxyMap:
+    """The lists of middle ends as groups: negative twins added, families joined or chosen, order forgotten (D3, D4, D16)."""
+
+    __slots__ = ("groups", "default_dc", "_exact")
+
+    def __init__(self, v4: EndpointMap, v6: EndpointMap, default_dc: int, order: Sequence[int] = (4,), multipath: bool = False) -> None:
+        """order: usable families, the preferred one first; without multipath a group has the endpoints of its first one."""
+        self.default_dc = default_dc
+        self.groups: dict[int, tuple[Endpoint, ...]] = {}
+        self._exact: dict[int, frozenset[Endpoint]] = {}
+        tables = [{4: v4, 6: v6}[family] for family in order]
+        for dc in sorted({abs(key) for table in tables for key in table if 0 < abs(key) <= _GROUP_MAX}):
+            known = [table for table in tables if table.get(dc) or table.get(-dc)]
+            chosen = known if multipath else known[:1]
+            plus = frozenset(endpoint for table in chosen for endpoint in table.get(dc, ()))
+            minus = frozenset(endpoint for table in chosen for endpoint in (table[-dc] if -dc in table else table.get(dc, ())))
+            self._exact[dc], self._exact[-dc] = plus, minus
+            self.groups[dc] = tuple(sorted(plus | minus, key=endpoint_order))
+
+    def group_of(self, dc: int) -> int:
+        """Group that serves sessions for the signed `dc`."""
+        return abs(dc) if abs(dc) in self.groups else abs(self.default_dc or 2)
+
+    def exact(self, dc: int) -> frozenset[Endpoint]:
+        """Endpoints listed for just this signed DC."""
+        return self._exact.get(dc, frozenset())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ProxyMap) and self.groups == other.groups and self._exact == other._exact
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.groups.items()))
+
+
+# -- organs
+
+class Generations:
+    """Numbers of the pool's generations (10.2).  `active` only grows; 0 = none for the other two."""
+
+    __slots__ = ("last", "active", "pending", "started_at", "_listed")
+
+    def __init__(self) -> None:
+        self.last = self.active = 1
+        self.pending = 0                       # being warmed up, or waiting for its gate
+        self.started_at = 0.0
+        self._listed: ProxyMap | None = None
+
+    def reusable(self, now: float, listed: ProxyMap) -> bool:
+        """Whether the pending generation was begun for this very list and is not too old."""
+        return self.pending >= self.active and self._listed == listed and not self.expired(now)
+
+    def expired(self, now: float) -> bool:
+        """Whether there is a pending generation that is too old."""
+        return bool(self.pending) and now - self.started_at > PENDING_TTL_S
+
+    def begin(self, now: float, listed: ProxyMap) -> int:
+        """Return the number of a new pending generation."""
+        self.last += 1
+        self.pending, self.started_at, self._listed = self.last, now, listed
+        return self.pending
+
+    def drop(self) -> None:
+        """The pending generation is no more."""
+        self.pending, self._listed = 0, None
+
+    def promote(self) -> None:
+        """The pending generation is the active one."""
+        self.active, self.pending, self._listed = self.pending, 0, None
+
+
+class Quarantine:
+    """Endpoints that lost a link right after its start are left alone for a while (8.2, D10)."""
+
+    __slots__ = ("_until",)
+
+    def __init__(self) -> None:
+        self._until: dict[Endpoint, float] = {}
+
+    def add(self, now: float, endpoint: Endpoint) -> None:
+        """Start or restart the time of an endpoint."""
+        self._until[endpoint] = now + QUARANTINE_S
+
+    def until_at(self, now: float, endpoint: Endpoint) -> float:
+        """Monotonic end of its quarantine; -infinity when it is free."""
+        at = self._until.get(endpoint)
+        if at is None:
+            return -math.inf
+        if at <= now:
+            del self._until[endpoint]
+            return -math.inf
+        return at
+
+    def rows(self, now: float) -> tuple[tuple[str, int], ...]:
+        """(endpoint, remaining ms) of what is not expired, by address."""
+        held = sorted((endpoint for endpoint, at in self._until.items() if at > now), key=endpoint_order)
+        return tuple((endpoint_text(endpoint), int((self._until[endpoint] - now) * 1000)) for endpoint in held)
+
+
+class Floors:
+    """How many links a group is to have (7)."""
+
+    __slots__ = ("general", "_idle_from")
+
+    def __init__(self, general: General) -> None:
+        self.general = general
+        self._idle_from: dict[int, float] = {}         # group -> since when it counts as unused; in the future while in grace
+
+    def apply(self, now: float, general: General) -> str:
+        """Take new settings; return the counter of a change of mode, or ""."""
+        old, self.general = self.general.me_floor_mode, general
+        if old == general.me_floor_mode:
+            return ""
+        self._idle_from = dict.fromkeys(self._idle_from, now)
+        return f"floor_mode_switch_{old}_to_{general.me_floor_mode}_total"
+
+    def static(self, endpoints: int) -> int:
+        """The floor without regard to use."""
+        if endpoints == 1:
+            return max(3, 1 + self.general.me_single_endpoint_shadow_writers)
+        return max(3, endpoints) if endpoints else 0
+
+    def used(self, now: float, dc: int) -> None:
+        """A session of the group began or ended."""
+        self._idle_from[dc] = now + self.general.me_adaptive_floor_recover_grace_secs
+
+    def clear(self, now: float, dc: int) -> None:
+        """Count idleness from now on."""
+        self._idle_from[dc] = now
+
+    def forget(self, dc: int) -> None:
+        """The group is gone."""
+        self._idle_from.pop(dc, None)
+
+    def floor(self, group: Group, due: Due) -> int:
+        """Floor in force now."""
+        full = self.static(len(group.endpoints))
+        general = self.general
+        if general.me_floor_mode != "adaptive" or len(group.endpoints) != 1:
+            return full
+        idle_from = self._idle_from.setdefault(group.dc, due.now)
+        if any(link.sessions and link.live for link in group.links.values()):
+            return full
+        if not due.passed(idle_from + general.me_adaptive_floor_idle_secs):
+            return full
+        return min(full, max(1, general.me_adaptive_floor_min_writers_single_endpoint))
+
+
+class Roster:
+    """All groups and links, and what is done to them: every organ acts through here."""
+
+    __slots__ = ("general", "one_timeout_s", "counts", "draw", "groups", "links", "listed", "generations", "quarantine", "floors",
+                 "may_dial", "touched", "actions", "_last_id", "_starved")
+
+    def __init__(self, settings: Settings, counts: MeCounters, draw: Callable[[], float]) -> None:
+        self.general, self.one_timeout_s = settings.general, settings.timeouts.me_one_timeout_ms / 1000
+        self.counts, self.draw = counts, draw
+        self.groups: dict[int, Group] = {}     # ascending
+        self.links: dict[int, LinkFacts] = {}
+        self.listed = ProxyMap({}, {}, 0, ())
+        self.generations, self.quarantine, self.floors = Generations(), Quarantine(), Floors(settings.general)
+        self.may_dial = False                  # there is a proxy secret
+        self.touched: set[int] = set()         # groups to look at in this plan
+        self.actions: list[Action] = []
+        self._last_id = 0
+        self._starved: set[int] = set()        # groups that found no place for a dial
+
+    def say(self, level: Level, text: str) -> None:
+        """Have a line logged."""
+        self.actions.append(Say(level, text))
+
+    def uniform(self, low: float, high: float) -> float:
+        """Return a random number between them."""
+        return low + self.draw() * (high - low)
+
+    def has_place(self, group: Group) -> bool:
+        """Whether `group` may dial once more; it is looked at again when a dial ends.
+
+        A place is kept for every group that has no dial under way, so that dead data centres cannot starve a living one.
+        """
+        dials = [other.dialling() for other in self.groups.values() if other.endpoints]
+        mine, total = group.dialling(), sum(dials)
+        kept = min(dials.count(0), DIALS_MAX // 2) if mine else 0
+        if self.may_dial and mine < max(1, self.general.me_reconnect_max_concurrent_per_dc) and total + kept < DIALS_MAX:
+            return True
+        self._starved.add(group.dc)
+        return False
+
+    def choose(self, group: Group, now: float, generation: int = 0) -> Endpoint | None:
+        """The endpoint with the fewest links and dials (of `generation` if given) and the fewest recent failures; ties at random.
+
+        None when all are in quarantine (D4, D10).
+        """
+        burden: dict[Endpoint, float] = {}
+        for endpoint in group.endpoints:
+            if self.quarantine.until_at(now, endpoint) == -math.inf:
+                burden[endpoint] = group.fails.get(endpoint, 0) + self.draw()
+        for link in group.links.values():
+            if link.endpoint in burden and link.phase is not Phase.DRAINING and (not generation or link.generation == generation):
+                burden[link.endpoint] += 1
+        return min(burden, key=burden.__getitem__) if burden else None
+
+    def release_at(self, group: Group, now: float) -> float:
+        """When the first endpoint of the group leaves quarantine."""
+        return min((self.quarantine.until_at(now, endpoint) for endpoint in group.endpoints), default=math.inf)
+
+    def open(self, now: float, group: Group, endpoint: Endpoint, purpose: Purpose, generation: int = 0, replaces: int = 0) -> LinkFacts:
+        """Dial; the caller has asked has_place()."""
+        self._last_id += 1
+        link = LinkFacts(self._last_id, group.dc, endpoint, generation or self.generations.active, purpose, now, replaces)
+        self.links[link.link_id] = group.links[link.link_id] = link
+        if purpose in _COUNTED:
+            self.counts.count("reconnect_attempt_total")
+        self.actions.append(OpenLink(link.link_id, group.dc, endpoint, link.generation))
+        self.touched.add(group.dc)             # its lateness is a moment to wait for
+        return link
+
+    def forget(self, link: LinkFacts) -> None:
+        """The link is no more, whoever ended it."""
+        del self.links[link.link_id]
+        del self.groups[link.dc].links[link.link_id]
+        self.touched.add(link.dc)
+        if link.phase is Phase.DIALLING:
+            self.dial_ended()
+            return
+        self.counts.count("writer_removed_total")
+        if link.phase is Phase.DRAINING:
+            self.counts.draining -= 1
+        else:
+            self.counts.count("writer_removed_unexpected_total")
+
+    def dial_ended(self) -> None:
+        """There is a free place for a dial."""
+        self.touched |= self._starved
+        self._starved.clear()
+
+    def drain(self, now: float, link: LinkFacts, fallback: bool = False) -> None:
+        """No new sessions for this link; without any it is closed at once."""
+        timeout_s = self.general.me_reinit_drain_timeout_secs
+        link.drain = Drain(now, now + timeout_s if timeout_s else math.inf, fallback)
+        link.phase = Phase.DRAINING
+        self.counts.draining += 1
+        self.touched.add(link.dc)
+        if link.sessions:
+            self.actions.append(DrainLink(link.link_id, link.drain.until_at))
+        else:
+            self.close(link)
+
+    def close(self, link: LinkFacts) -> None:
+        """Close a draining link."""
+        self.actions.append(CloseLink(link.link_id))
+        self.forget(link)
+
+    def drain_step(self, link: LinkFacts, due: Due) -> None:
+        """Cut sessions of a draining link whose deadline has passed: a twentieth of them every second (D14)."""
+        drain = link.drain
+        if drain is None or not due.passed(drain.until_at):
+            return
+        if not drain.portion:
+            drain.portion = -(-link.sessions // _CUT_STEPS)
+            self.counts.count("pool_force_close_total")
+        self.actions.append(CutSessions(link.link_id, min(drain.portion, link.sessions)))
+        drain.until_at = due.now + 1.0
+        due.passed(drain.until_at)
+
+    def bindable_until(self, link: LinkFacts) -> float:
+        """Until when new sessions may take this link: -infinity never, infinity for good (6.3)."""
+        if link.live:
+            return math.inf
+        drain, mode = link.drain, self.general.me_bind_stale_mode
+        if drain is None or not drain.fallback or drain.portion or mode == "never":
+            return -math.inf
+        ttl_s = self.general.me_bind_stale_ttl_secs
+        return drain.started_at + ttl_s if mode == "ttl" and ttl_s else math.inf
+
+
+class Refill:
+    """When a group dials: first links, floor, refill after a loss, outage of an only endpoint (7.3, 8.1, 9.1; D1, D7-D10)."""
+
+    __slots__ = ("roster",)
+
+    _FOR_FLOOR: ClassVar = frozenset((Purpose.INIT, Purpose.FLOOR, Purpose.REFILL, Purpose.OUTAGE))
+
+    def __init__(self, roster: Roster) -> None:
+        self.roster = roster
+
+    def step(self, group: Group, need: int, due: Due) -> None:
+        """Start the dials that are due."""
+        for link in group.links.values():
+            if link.phase is Phase.DIALLING and not link.late and due.passed(link.asked_at + self.roster.one_timeout_s):
+                link.late = True
+                self._pace(group, link, due.now)
+        ready = group.count(Phase.ACTIVE)
+        if self._outage(group, need, ready + group.count(Phase.WARM), due):
+            return
+        group.met = group.met or 0 < need <= ready
+        if group.episode is not None and self._episode(group, group.episode, need, ready, due) and ready:
+            return
+        if ready < need:
+            self._floor(group, need, ready, due)
+
+    def _floor(self, group: Group, need: int, ready: int, due: Due) -> None:
+        general, young = self.roster.general, group.young(self._FOR_FLOOR)
+        missing = need - ready - young
+        first = not group.met and not ready
+        if first:                              # D1: two different endpoints at a time until one answers
+            missing = min(2, len(group.endpoints)) - young
+        stagger = not group.met and not first and general.me_warmup_stagger_enabled
+        while missing > 0 and due.passed(group.pace.next_at) and (not stagger or due.passed(group.stagger_at)):
+            endpoint = self._endpoint(group, due, others_only=first)
+            if endpoint is None or not self.roster.has_place(group):
+                return
+            purpose = Purpose.FLOOR if group.met or group.fails else Purpose.INIT
+            self.roster.open(due.now, group, endpoint, purpose)
+            group.dialled_at = due.now
+            if not group.met:
+                step_ms = general.me_warmup_step_delay_ms + self.roster.uniform(0, general.me_warmup_step_jitter_ms)
+                group.stagger_at = due.now + step_ms / 1000
+            missing -= 1
+
+    def _endpoint(self, group: Group, due: Due, others_only: bool = False) -> Endpoint | None:
+        """Where to dial, or None; others_only: not where a dial is under way."""
+        roster, only = self.roster, group.endpoints[0]
+        if len(group.endpoints) == 1 and self._bypass() and roster.quarantine.until_at(due.now, only) > due.now:
+            if not due.passed(group.outage_pace.next_at):
+                return None
+            self._push_outage(group, due.now)
+            return only
+        endpoint = roster.choose(group, due.now)
+        if endpoint is None:
+            due.passed(roster.release_at(group, due.now))
+        elif others_only and any(link.phase is Phase.DIALLING and not link.late and link.endpoint == endpoint
+                                 for link in group.links.values()):
+            return None
+        return endpoint
+
+    def _bypass(self) -> bool:
+        general = self.roster.general
+        return general.me_single_endpoint_outage_mode_enabled and general.me_single_endpoint_outage_disable_quarantine
+
+    def _outage(self, group: Group, need: int, live: int, due: Due) -> bool:
+        """Whether the group is in outage; starts its dial when due."""
+        roster, general = self.roster, self.roster.general
+        if (not need or live or len(group.endpoints) != 1 or not general.me_single_endpoint_outage_mode_enabled
+                or not (group.met or group.fails)):
+            if group.outage:
+                group.outage = False
+                roster.counts.count("single_endpoint_outage_exit_total")
+                roster.say(Level.INFO, f"DC {group.dc}: outage of its only Middle-End endpoint is over")
+                group.idle_next_at, group.shadow_at = -math.inf, due.now + general.me_single_endpoint_shadow_rotate_every_secs
+                roster.floors.clear(due.now, group.dc)
+            return False
+        endpoint = group.endpoints[0]
+        held_until_at = roster.quarantine.until_at(due.now, endpoint)
+        if not group.outage:
+            group.outage, group.episode = True, None
+            if held_until_at < due.now:
+                group.outage_pace.reset()
+            roster.counts.count("single_endpoint_outage_enter_total")
+            roster.say(Level.WARN, f"DC {group.dc}: its only Middle-End endpoint {endpoint_text(endpoint)} has no link left")
+        if group.young(self._FOR_FLOOR) or not due.passed(group.outage_pace.next_at):
+            return True
+        if (self._bypass() or due.passed(held_until_at)) and roster.has_place(group):
+            roster.counts.count("single_endpoint_outage_reconnect_attempt_total")
+            if self._bypass():
+                roster.counts.count("single_endpoint_quarantine_bypass_total")
+            roster.open(due.now, group, endpoint, Purpose.OUTAGE)
+        return True
+
+    def _episode(self, group: Group, episode: Episode, need: int, ready: int, due: Due) -> bool:
+        """Start the next dial of a refill when it is due; False when the refill is over."""
+        roster = self.roster
+        if ready >= need:
+            group.episode = None
+            return False
+        if episode.link_id:
+            return True
+        if not episode.left:
+            group.episode = None
+            roster.counts.count("refill_failed_total")
+            roster.say(Level.WARN, f"DC {group.dc}: no new link after {episode.tries} tries, going on with pauses")
+            group.pace.push(due.now, *self._health(), roster.draw())
+            return False
+        if due.passed(episode.next_at):
+            endpoint: Endpoint | None = episode.endpoint
+            if episode.tries or endpoint not in group.endpoints or roster.quarantine.until_at(due.now, episode.endpoint) > due.now:
+                endpoint = self._endpoint(group, due)
+            if endpoint is not None and roster.has_place(group):
+                episode.link_id = roster.open(due.now, group, endpoint, Purpose.REFILL).link_id
+                episode.left, episode.tries = episode.left - 1, episode.tries + 1
+        return True
+
+    def _health(self) -> tuple[float, float]:
+        general = self.roster.general
+        return general.me_reconnect_backoff_base_ms / 1000, general.me_reconnect_backoff_cap_ms / 1000
+
+    def _push_outage(self, group: Group, now: float) -> None:
+        general = self.roster.general
+        group.outage_pace.push(now, general.me_single_endpoint_outage_backoff_min_ms / 1000,
+                               general.me_single_endpoint_outage_backoff_max_ms / 1000, self.roster.draw())
+
+    def _pace(self, group: Group, link: LinkFacts, now: float) -> None:
+        """A dial failed or takes too long."""
+        if link.purpose is Purpose.OUTAGE:
+            self._push_outage(group, now)
+        elif link.purpose is Purpose.REFILL:
+            episode = group.episode
+            if episode is not None and episode.link_id == link.link_id:
+                episode.link_id = 0
+                episode.next_at = now + self.roster.draw() * min(2.0, 0.05 * 2 ** (episode.tries - 1))
+        elif link.purpose not in _REPLACING and link.purpose is not Purpose.WARM:
+            group.pace.failed(now, link.asked_at, *self._health(), self.roster.draw())
+
+    def on_failed(self, group: Group, link: LinkFacts, now: float) -> None:
+        """A dial of the group failed."""
+        group.fails[link.endpoint] = group.fails.get(link.endpoint, 0) + 1
+        if not link.late:
+            self._pace(group, link, now)
+
+    def on_ready(self, group: Group, link: LinkFacts, now: float) -> None:
+        """A dial of the group succeeded."""
+        roster, counts = self.roster, self.roster.counts
+        group.fails.pop(link.endpoint, None)
+        held = roster.quarantine.until_at(now, link.endpoint) > now
+        if link.purpose in _COUNTED:
+            counts.count("reconnect_success_total")
+        if link.purpose is Purpose.OUTAGE:
+            counts.count("single_endpoint_outage_reconnect_success_total")
+        if link.purpose in self._FOR_FLOOR and not held:
+            group.pace.reset()
+            group.outage_pace.reset()
+        elif link.purpose is Purpose.OUTAGE and not link.late:
+            self._push_outage(group, now)      # it may be gone again at once: keep the pace
+        if link.purpose is Purpose.REFILL:
+            episode = group.episode
+            same = episode is not None and episode.endpoint == link.endpoint
+            counts.count("writer_restored_same_endpoint_total" if same else "writer_restored_fallback_total")
+            group.episode = None
+
+    def on_lost(self, group: Group, link: LinkFacts, need: int, now: float) -> None:
+        """A link that was in use is gone; the roster has forgotten it."""
+        if link.phase is not Phase.ACTIVE or link.endpoint not in group.endpoints or group.count(Phase.ACTIVE) >= need:
+            return
+        if group.episode is not None:
+            self.roster.counts.count("refill_skipped_inflight_total")
+        elif len(group.endpoints) > 1 or self.roster.quarantine.until_at(now, link.endpoint) < now:
+            self.roster.counts.count("refill_triggered_total")
+            group.episode = Episode(link.endpoint, min(_REFILL_TRIES_MAX, max(1, self.roster.general.me_reconnect_fast_retry_count)))
+
+    def hurry(self, group: Group, now: float) -> None:
+        """Sessions wait: dial now instead of after the pause, but no faster than the shortest pause (D6)."""
+        if not group.dialling():
+            group.pace.next_at = min(group.pace.next_at, max(now, group.dialled_at + self._health()[0]))
+            self.roster.touched.add(group.dc)
+
+
+class Renewal:
+    """In a group that has enough links: idle ones are replaced before the middle end closes them, surplus ones go (9.2, 9.3, D12)."""
+
+    __slots__ = ("roster",)
+
+    def __init__(self, roster: Roster) -> None:
+        self.roster = roster
+
+    def step(self, group: Group, need: int, due: Due) -> None:
+        """Trim, or start one replacement dial."""
+        ready = group.count(Phase.ACTIVE)
+        while ready > need and (link := self._idlest(group, due, active_only=True)) is not None:
+            self.roster.drain(due.now, link)
+            ready -= 1
+        if ready != need or not need or any(
+                link.phase is Phase.DIALLING and link.purpose in _REPLACING for link in group.links.values()):
+            return
+        if not self._refresh(group, due):
+            self._rotate(group, due)
+
+    def _idlest(self, group: Group, due: Due, active_only: bool = False) -> LinkFacts | None:
+        """The link that has idled longest beyond its threshold, on the fullest endpoint for a surplus one."""
+        ripe = [link for link in group.links.values()
+                if link.endpoint in group.endpoints and not link.sessions
+                and (link.phase is Phase.ACTIVE or (link.phase is Phase.WARM and not active_only))
+                and due.passed(link.threshold_at())]
+        crowd = {link.endpoint: sum(other.live and other.endpoint == link.endpoint for other in group.links.values()) for link in ripe}
+        return min(ripe, key=lambda link: (-crowd[link.endpoint] if active_only else 0, link.idle_at, link.link_id), default=None)
+
+    def _refresh(self, group: Group, due: Due) -> bool:
+        """Replace the longest idle link; True if its dial began."""
+        if not due.passed(group.idle_next_at):
+            return False
+        link = self._idlest(group, due)
+        if link is None or not due.passed(self.roster.quarantine.until_at(due.now, link.endpoint)) or not self.roster.has_place(group):
+            return False
+        self.roster.open(due.now, group, link.endpoint, Purpose.REFRESH, link.generation, link.link_id)
+        return True
+
+    def _rotate(self, group: Group, due: Due) -> None:
+        every_s = self.roster.general.me_single_endpoint_shadow_rotate_every_secs
+        if len(group.endpoints) != 1 or not every_s or not due.passed(group.shadow_at):
+            return
+        endpoint = group.endpoints[0]
+        spare = self._spare(group)
+        if self.roster.quarantine.until_at(due.now, endpoint) > due.now:
+            self.roster.counts.count("single_endpoint_shadow_rotate_skipped_quarantine_total")
+        elif spare is not None and self.roster.has_place(group):
+            self.roster.open(due.now, group, endpoint, Purpose.ROTATE, spare.generation, spare.link_id)
+            return
+        group.shadow_at = due.now + 30
+        due.passed(group.shadow_at)
+
+    def _spare(self, group: Group, but: int = 0) -> LinkFacts | None:
+        """The first live link without sessions."""
+        return next((link for link in group.links.values() if link.live and not link.sessions and link.link_id != but), None)
+
+    def on_failed(self, group: Group, link: LinkFacts, now: float) -> None:
+        """A replacement dial failed."""
+        if link.purpose is Purpose.REFRESH:
+            group.idle_next_at = now + 8
+        else:
+            group.shadow_at = now + min(self.roster.general.me_single_endpoint_shadow_rotate_every_secs, 30)
+
+    def on_ready(self, group: Group, link: LinkFacts, now: float) -> None:
+        """A replacement is there: the old link goes, unless a session has come to it meanwhile."""
+        old = self.roster.links.get(link.replaces)
+        if old is not None and (not old.live or old.sessions):
+            old = None
+        if link.purpose is Purpose.REFRESH:
+            group.idle_next_at = now + 5
+        else:
+            old = old or self._spare(group, link.link_id)
+            group.shadow_at = now + self.roster.general.me_single_endpoint_shadow_rotate_every_secs
+            if old is not None:
+                self.roster.counts.count("single_endpoint_shadow_rotate_total")
+        if old is not None:
+            self.roster.drain(now, old)
+
+
+class Trigger(enum.Enum):
+    """Why the pool is renewed (10.1)."""
+
+    PERIODIC = "periodic"
+    MAP = "map-change"
+    SECRET = "secret-change"
+
+
+class Warmup:
+    """One group on its way into the next generation (10.3)."""
+
+    __slots__ = ("passes", "left", "next_at", "link_id", "done")
+
+    def __init__(self) -> None:
+        self.passes = 0                        # begun
+        self.left = 0                          # dials of this pass still to start
+        self.next_at = -math.inf
+        self.link_id = 0                       # its dial under way
+        self.done = False
+
+
+class Swap:
+    """Renewal of the whole pool: triggers, warm-up of the next generation, the gate, the swap (10, D13, D14)."""
+
+    __slots__ = ("roster", "triggers", "warming", "retry_at", "periodic_at", "_open_at", "_period_s")
+
+    def __init__(self, roster: Roster, now: float) -> None:
+        self.roster = roster
+        self.triggers: set[Trigger] = set()    # waiting for the coalesce window, or for the end of the warm-up
+        self.warming: dict[int, Warmup] = {}
+        self.retry_at = math.inf
+        self._period_s = roster.general.me_reinit_every_secs
+        self.periodic_at = now + self._period_s
+        self._open_at = -math.inf
+
+    def apply(self, now: float) -> None:
+        """Take the roster's new settings."""
+        period_s = self.roster.general.me_reinit_every_secs
+        if period_s != self._period_s:
+            self.periodic_at = now if period_s < self._period_s else now + period_s
+            self._period_s = period_s
+        if not self.roster.general.hardswap:
+            self.warming.clear()
+            self._drop_pending(now)
+
+    def trigger(self, now: float, why: Trigger) -> None:
+        """Ask for a renewal.  What comes within the window is one; during a warm-up only changes are remembered."""
+        if self.warming and why is Trigger.PERIODIC:
+            return
+        if not self.triggers:
+            self._open_at = now + self.roster.general.me_reinit_coalesce_window_ms / 1000
+        self.triggers.add(why)
+
+    def step(self, due: Due) -> None:
+        """Do what is due."""
+        if due.passed(self.periodic_at):
+            self.periodic_at = due.now + self._period_s
+            due.passed(self.periodic_at)
+            self.trigger(due.now, Trigger.PERIODIC)
+        if due.passed(self.retry_at):
+            self.retry_at = math.inf
+            self.trigger(due.now, Trigger.PERIODIC)
+        if self.warming:
+            self._warm_up(due)
+        if self.triggers and not self.warming and due.passed(self._open_at):
+            self._begin(due)
+
+    def _begin(self, due: Due) -> None:
+        roster, generations = self.roster, self.roster.generations
+        why = ", ".join(sorted(trigger.value for trigger in self.triggers))
+        self.triggers.clear()
+        self.retry_at = math.inf
+        desired = [group for group in roster.groups.values() if group.endpoints]
+        if not desired or not roster.may_dial:
+            roster.say(Level.WARN, f"Middle-End renewal ({why}) skipped: {'no proxy-secret' if desired else 'no endpoints'}")
+            return
+        for group in desired:
+            group.fails.clear()
+        if not roster.general.hardswap:
+            generations.last += 1
+            self._soft_swap(due, desired)
+            return
+        if generations.reusable(due.now, roster.listed):
+            roster.counts.count("hardswap_pending_reuse_total")
+        else:
+            if generations.expired(due.now):
+                roster.counts.count("hardswap_pending_ttl_expired_total")
+                roster.say(Level.WARN, f"Middle-End generation {generations.pending} was not complete in time and is dropped")
+            self._drop_pending(due.now)
+            generations.begin(due.now, roster.listed)
+        roster.say(Level.INFO, f"Middle-End renewal ({why}): warming up generation {generations.pending}")
+        for group in desired:
+            self.warming[group.dc] = Warmup()
+        self._warm_up(due)
+
+    def _delay_s(self) -> float:
+        general = self.roster.general
+        return self.roster.uniform(general.me_hardswap_warmup_delay_min_ms, general.me_hardswap_warmup_delay_max_ms) / 1000
+
+    def _pass_pause_s(self, passes: int) -> float:
+        """Pause after so many passes."""
+        if not passes:
+            return 0.0
+        general = self.roster.general
+        base_s = general.me_hardswap_warmup_pass_backoff_base_ms / 1000
+        wait_s = min(base_s * 2.0 ** (passes - 1), max(general.me_reconnect_backoff_cap_ms / 1000, base_s))
+        return wait_s + self.roster.draw() * max(0.001, wait_s / 2)
+
+    def _drop_pending(self, now: float) -> None:
+        generations = self.roster.generations
+        if not generations.pending:
+            return
+        generations.drop()
+        for group in self.roster.groups.values():
+            needed = not any(link.phase is Phase.ACTIVE for link in group.links.values())
+            for link in [link for link in group.links.values() if link.phase is Phase.WARM]:
+                if needed:                     # nothing else works there
+                    link.phase, link.generation = Phase.ACTIVE, generations.active
+                    self.roster.actions.append(PromoteLink(link.link_id))
+                else:
+                    self.roster.drain(now, link)
+
+    def _warm_up(self, due: Due) -> None:
+        for dc, warmup in self.warming.items():
+            group = self.roster.groups.get(dc)
+            if group is None or not group.endpoints:
+                warmup.done = True
+            elif not warmup.done:
+                self._warm_group(group, warmup, due)
+        if all(warmup.done for warmup in self.warming.values()):
+            self._gate(due)
+
+    def _warm_group(self, group: Group, warmup: Warmup, due: Due) -> None:
+        """One dial at a time, with pauses; a pass over what is missing, and further passes if that was not enough."""
+        roster, general, generation = self.roster, self.roster.general, self.roster.generations.pending
+        need = roster.floors.floor(group, due)
+        while group.fresh(generation) < need:
+            link = roster.links.get(warmup.link_id)
+            if link is not None and link.phase is Phase.DIALLING and not due.passed(link.asked_at + roster.one_timeout_s):
+                return
+            if not warmup.left:
+                if warmup.passes > min(10, general.me_hardswap_warmup_extra_passes):
+                    roster.say(Level.WARN, f"DC {group.dc}: {group.fresh(generation)} of {need} links of generation {generation}")
+                    break
+                warmup.next_at = due.now + self._pass_pause_s(warmup.passes) + self._delay_s()
+                warmup.passes += 1
+                warmup.left = need - group.fresh(generation)
+            if not due.passed(warmup.next_at):
+                return
+            endpoint = roster.choose(group, due.now, generation)
+            if endpoint is not None:
+                if not roster.has_place(group):
+                    return
+                warmup.link_id = roster.open(due.now, group, endpoint, Purpose.WARM, generation).link_id
+            warmup.left -= 1
+            warmup.next_at = due.now + self._delay_s()
+        warmup.done = True
+
+    def _gate(self, due: Due) -> None:
+        roster, generation = self.roster, self.roster.generations.pending
+        groups = [group for dc in self.warming if (group := roster.groups.get(dc)) is not None and group.endpoints]
+        self.warming.clear()
+        ready = sum(group.fresh(generation) >= roster.floors.floor(group, due) for group in groups)
+        if groups and self._passes(due, ready, len(groups)):
+            self._swap(due.now, generation)
+        if self.triggers:                      # remembered during the warm-up
+            self._open_at = due.now + roster.general.me_reinit_coalesce_window_ms / 1000
+
+    def _passes(self, due: Due, ready: int, groups: int) -> bool:
+        if ready / groups >= self.roster.general.me_pool_min_fresh_ratio - 1e-6:
+            return True
+        self.roster.say(Level.WARN, f"Middle-End renewal waits: {ready} of {groups} DC groups are complete")
+        self.retry_at = due.now + GATE_RETRY_S
+        due.passed(self.retry_at)
+        return False
+
+    def _swap(self, now: float, generation: int) -> None:
+        roster = self.roster
+        roster.generations.promote()
+        old: list[LinkFacts] = []
+        for group in roster.groups.values():
+            replaced = not group.endpoints or bool(group.fresh(generation))
+            live = [link for link in group.links.values() if link.live]
+            for link in live:
+                if replaced and (link.generation < generation or link.endpoint not in group.endpoints):
+                    old.append(link)
+                elif link.phase is Phase.WARM:
+                    link.phase = Phase.ACTIVE
+                    roster.actions.append(PromoteLink(link.link_id))
+                else:
+                    link.generation = generation           # nothing fresh here: what works goes on
+            roster.touched.add(group.dc)
+        self._retire(now, old, fallback=False)
+
+    def _soft_swap(self, due: Due, desired: list[Group]) -> None:
+        """Without hardswap: only links whose endpoint is no longer listed go."""
+        covered = [group for group in desired if group.count(Phase.ACTIVE)]
+        if self._passes(due, len(covered), len(desired)):
+            gone = [group for group in self.roster.groups.values() if not group.endpoints]
+            self._retire(due.now, [link for group in covered + gone for link in group.links.values()
+                                   if link.live and link.endpoint not in group.endpoints], fallback=True)
+
+    def _retire(self, now: float, links: list[LinkFacts], fallback: bool) -> None:
+        for link in links:
+            self.roster.drain(now, link, fallback)
+        if links:
+            self.roster.counts.count("pool_swap_total")
+            self.roster.say(Level.INFO, f"Middle-End renewal done: generation {self.roster.generations.active}, {len(links)} links drain")
+
+
+class Availability:
+    """Whether the middle end is usable at all, and what a session does when it is not (D2)."""
+
+    __slots__ = ("roster", "families", "degraded_at", "was_ready", "_down_since", "_warned_at", "_nothing_since", "_had")
+
+    def __init__(self, roster: Roster, now: float) -> None:
+        self.roster = roster
+        self.families = False                  # an address family is usable
+        self.degraded_at: float | None = None  # since when
+        self.was_ready = False                 # every group has had a link
+        self._down_since: dict[int, float] = {}        # groups without a bindable link
+        self._warned_at: dict[int, float] = {}
+        self._nothing_since = now              # no groups at all since then
+        self._had: set[int] = set()            # groups that have had a link
+
+    def look(self, group: Group, due: Due) -> None:
+        """Note whether new sessions can use the group."""
+        until_at = max((self.roster.bindable_until(link) for link in group.links.values()), default=-math.inf)
+        if not group.endpoints:
+            self._down_since.pop(group.dc, None)
+        elif due.passed(until_at):
+            self._down_since.setdefault(group.dc, min(due.now, self._nothing_since))
+        else:
+            self._down_since.pop(group.dc, None)
+            self._had.add(group.dc)
+
+    def forget(self, dc: int) -> None:
+        """The group is gone."""
+        self._down_since.pop(dc, None)
+        self._warned_at.pop(dc, None)
+
+    def down(self, due: Due) -> list[int]:
+        """Groups that are down now, ascending."""
+        return [dc for dc, since in sorted(self._down_since.items()) if due.passed(since + DOWN_S)]
+
+    def step(self, due: Due) -> None:
+        """Enter or leave degradation."""
+        roster = self.roster
+        groups = [group.dc for group in roster.groups.values() if group.endpoints]
+        down = self.down(due)
+        if groups:
+            self._nothing_since = math.inf
+            limit = max(1, min(roster.general.degradation_min_unavailable_dc_groups, len(groups)))
+            degraded = len(down) >= limit
+        else:
+            self._nothing_since = min(self._nothing_since, due.now)
+            degraded = due.passed(self._nothing_since + DOWN_S)
+        if degraded and self.degraded_at is None:
+            self.degraded_at = due.now
+            what = "go direct; no ad tag, media of other DCs may not load" if roster.general.auto_degradation_enabled else "wait and close"
+            roster.say(Level.WARN, f"Middle-End not usable ({self._reason(down, len(groups))}): new sessions {what}")
+            roster.actions += [ServeWaiters(dc) for dc in groups]      # who waits may go direct at once
+        elif not degraded and self.degraded_at is not None:
+            roster.say(Level.INFO, f"Middle-End usable again after {round(due.now - self.degraded_at)} s")
+            self.degraded_at = None
+        if not self.was_ready and groups and self._had.issuperset(groups):
+            self.was_ready = True
+            roster.say(Level.INFO, f"Middle-End pool ready: {len(groups)} DC groups")
+
+    def _reason(self, down: list[int], groups: int) -> str:
+        if not self.roster.may_dial:
+            return "no proxy-secret"
+        return f"{len(down)} of {groups} DC groups down" if self.families and groups else "no usable address family"
+
+    def may_go_direct(self, now: float, dc: int, waited: bool) -> bool:
+        """Whether a session of group `dc` goes direct, now that it got no link."""
+        if not self.roster.general.auto_degradation_enabled or not (waited or self.degraded_at is not None):
+            return False
+        if self.degraded_at is None and now - self._warned_at.get(dc, -math.inf) >= 60:
+            self._warned_at[dc] = now
+            self.roster.say(Level.WARN, f"DC {dc} has no Middle-End link: its new sessions go direct")
+        return True
+
+
+class Dispatch:
+    """Which link a session takes, and what it does when there is none (6.2, D2, D4-D6)."""
+
+    __slots__ = ("roster", "refill", "availability", "queued")
+
+    def __init__(self, roster: Roster, refill: Refill, availability: Availability) -> None:
+        self.roster, self.refill, self.availability = roster, refill, availability
+        self.queued: Callable[[int], int] = lambda link_id: 0          # unsent bytes of a link
+
+    def route(self, now: float, dc: int, has_direct: bool, waited: bool) -> Way:
+        """Return the way of one session."""
+        key = self.roster.listed.group_of(dc)
+        link = self.pick(now, dc)
+        if link is not None:
+            return Bind(link.link_id)
+        if has_direct and self.availability.may_go_direct(now, key, waited):
+            self.roster.counts.count("fallback_sessions_total")
+            return GoDirect()
+        if waited:
+            return Refuse()
+        group = self.roster.groups.get(key)
+        if group is not None:
+            self.refill.hurry(group, now)
+        return Hold(key, now + HOLD_S)
+
+    def pick(self, now: float, dc: int) -> LinkFacts | None:
+        """The best link for a session of the signed `dc` (D4, D5)."""
+        roster = self.roster
+        key = roster.listed.group_of(dc)
+        group = roster.groups.get(key)
+        if group is None:
+            return None
+        exact = roster.listed.exact(dc if key == abs(dc) else key)
+        fixed, best, best_rank = roster.general.me_deterministic_writer_sort, None, None
+        for link in group.links.values():
+            if link.phase is Phase.DIALLING or roster.bindable_until(link) <= now:
+                continue
+            idle_s = now - link.idle_at if not link.sessions else 0.0
+            rank = (link.endpoint not in exact, _CONTOUR[link.phase], link.generation < roster.generations.active, link.pulse.degraded,
+                    2 if idle_s >= IDLE_STALE_S else 1 if idle_s >= IDLE_REFRESH_S else 0, link.sessions, self.queued(link.link_id),
+                    0.0 if fixed else roster.draw(), link.endpoint if fixed else (), link.link_id)
+            if best_rank is None or rank < best_rank:
+                best, best_rank = link, rank
+        return best
+
+
+class Keepalive:
+    """Pings: when, what they tell, and when a link is given up (5.4, 5.5, D18)."""
+
+    __slots__ = ("roster",)
+
+    def __init__(self, roster: Roster) -> None:
+        self.roster = roster
+
+    def interval_s(self, link: LinkFacts) -> tuple[float, float]:
+        """Base pause and the most that is added at random, seconds."""
+        general = self.roster.general
+        if not general.me_keepalive_enabled:
+            return 20.0, 10.0
+        base_s = max(1.0, general.me_keepalive_interval_secs)
+        if not link.sessions:
+            base_s = min(base_s, 5.0)
+        return base_s, max(0.001, min(general.me_keepalive_jitter_secs, base_s / 2))
+
+    def beat(self, now: float, link: LinkFacts, heard: bool) -> Beat:
+        """What to do with the link now."""
+        pulse = link.pulse
+        base_s, jitter_s = self.interval_s(link)
+        again_s = base_s + self.roster.draw() * jitter_s
+        if heard or pulse.heard_at == -math.inf:
+            first, pulse.heard_at = pulse.heard_at == -math.inf, now
+            if first:
+                return Beat(False, False, again_s + self.roster.draw() * jitter_s)
+        silent_s = max(_SILENT_S, 3 * max(1.0, self.roster.general.me_keepalive_interval_secs))
+        if pulse.unanswered >= _UNANSWERED_MAX and now - pulse.heard_at >= silent_s:
+            return Beat(False, True, again_s)
+        lost = [at for at in pulse.sent_at if now - at >= PING_LOST_S]
+        if lost:
+            del pulse.sent_at[:len(lost)]
+            self.roster.counts.count("keepalive_timeout_total", len(lost))
+        pulse.sent_at.append(now)
+        pulse.unanswered += 1
+        return Beat(True, False, again_s)
+
+    def pong(self, now: float, link: LinkFacts, rtt_ms: float) -> None:
+        """A ping was answered."""
+        pulse = link.pulse
+        pulse.unanswered, pulse.heard_at = 0, now
+        if pulse.sent_at:
+            pulse.sent_at.pop(0)
+        if pulse.ema_ms is None:
+            pulse.ema_ms = pulse.base_ms = rtt_ms
+        else:
+            pulse.ema_ms = 0.8 * pulse.ema_ms + 0.2 * rtt_ms
+            pulse.base_ms = rtt_ms if rtt_ms < pulse.base_ms else 0.99 * pulse.base_ms + 0.01 * rtt_ms
+        pulse.degraded = pulse.ema_ms > 2 * pulse.base_ms
+
+    def signal_pause_s(self, first: bool) -> float | None:
+        """Seconds until the next activity signal of a link, None = never."""
+        period_s = self.roster.general.rpc_proxy_req_every
+        if not period_s:
+            return None
+        jitter_s = self.roster.draw() * max(0.001, min(self.roster.general.me_keepalive_jitter_secs, period_s / 2))
+        return jitter_s if first else period_s + jitter_s
+
+
+# -- the planner
+
+class PoolPlanner:
+    """Composes the organs: reports in, plan() out.  After every report, and after route() said Hold or GoDirect, call plan()."""
+
+    def __init__(self, settings: Settings, draw: Callable[[], float], now: float, counts: MeCounters | None = None) -> None:
+        """draw: gives a random number in [0, 1).  counts: where what happens is counted."""
+        self.roster = Roster(settings, counts or MeCounters(), draw)
+        self.refill, self.renewal, self.swap = Refill(self.roster), Renewal(self.roster), Swap(self.roster, now)
+        self.availability, self.keepalive = Availability(self.roster, now), Keepalive(self.roster)
+        self.dispatch = Dispatch(self.roster, self.refill, self.availability)
+        self.load: dict[int, int] = {}         # |dc| asked for -> sessions bound
+        self._sources: tuple[EndpointMap, EndpointMap, int] = ({}, {}, 0)
+        self._order: tuple[int, ...] = ()
+        self._multipath = False
+        self._epoch = 0
+
+    # reports about the world
+
+    def apply(self, now: float, settings: Settings) -> None:
+        """Take new settings; links that exist stay as they are."""
+        roster = self.roster
+        roster.general, roster.one_timeout_s = settings.general, settings.timeouts.me_one_timeout_ms / 1000
+        switched = roster.floors.apply(now, settings.general)
+        if switched:
+            roster.counts.count("floor_mode_switch_total")
+            roster.counts.count(switched)
+        self.swap.apply(now)
+        for group in roster.groups.values():
+            group.shadow_at = min(group.shadow_at, now + settings.general.me_single_endpoint_shadow_rotate_every_secs)
+        roster.touched.update(roster.groups)
+
+    def on_map(self, now: float, v4: EndpointMap, v6: EndpointMap, default_dc: int) -> None:
+        """New lists of middle ends.  Empty ones are refused: an empty list drains nothing."""
+        if not any(map(len, v4.values())) and not any(map(len, v6.values())):
+            self.roster.say(Level.WARN, "Middle-End list rejected: empty")
+            return
+        self._sources = v4, v6, default_dc
+        self._relist(now)
+
+    def on_families(self, now: float, order: Sequence[int], multipath: bool) -> None:
+        """Address families that are usable for the middle end, the preferred one first."""
+        self._order, self._multipath = tuple(order), multipath
+        self.availability.families = bool(order)
+        self._relist(now)
+
+    def _relist(self, now: float) -> None:
+        roster = self.roster
+        listed = ProxyMap(*self._sources, self._order, self._multipath)
+        if not listed.groups and roster.listed.groups:
+            return                             # no family for the moment: keep what is there
+        changed = listed != roster.listed
+        if changed and roster.listed.groups:
+            self.swap.trigger(now, Trigger.MAP)
+        roster.listed = listed
+        for dc in listed.groups:
+            if dc not in roster.groups:
+                roster.groups[dc] = Group(dc, now + roster.general.me_single_endpoint_shadow_rotate_every_secs)
+        roster.groups = dict(sorted(roster.groups.items()))
+        for dc, group in roster.groups.items():
+            group.endpoints = listed.groups.get(dc, ())
+            group.fails = {endpoint: fails for endpoint, fails in group.fails.items() if endpoint in group.endpoints}
+            if not group.endpoints:
+                group.episode = None
+        roster.touched.update(roster.groups)
+
+    def on_secret(self, now: float, epoch: int) -> None:
+        """The proxy secret in force has this number; 0 = there is none, so nothing is dialled."""
+        if self._epoch and epoch and epoch != self._epoch:
+            self.swap.trigger(now, Trigger.SECRET)
+        self._epoch, self.roster.may_dial = epoch, epoch != 0
+        self.roster.touched.update(self.roster.groups)
+
+    # reports about links
+
+    def on_link_ready(self, now: float, link_id: int) -> None:
+        """A dial succeeded."""
+        roster = self.roster
+        link = roster.links.get(link_id)
+        if link is None or link.phase is not Phase.DIALLING:
+            return
+        group, active = roster.groups[link.dc], roster.generations.active
+        link.ready_at = link.idle_at = now
+        if link.generation < active or link.generation != roster.generations.pending:
+            link.generation = active           # a swap overtook the dial, or its generation was dropped
+        link.phase = Phase.WARM if link.generation > active else Phase.ACTIVE
+        roster.dial_ended()
+        roster.touched.add(link.dc)
+        self.refill.on_ready(group, link, now)
+        if link.purpose in _REPLACING:
+            self.renewal.on_ready(group, link, now)
+        if link.endpoint not in group.endpoints:
+            roster.drain(now, link)
+        else:
+            roster.actions.append(ServeWaiters(link.dc))
+
+    def on_dial_failed(self, now: float, link_id: int) -> None:
+        """A dial failed, or was given up."""
+        link = self.roster.links.get(link_id)
+        if link is None or link.phase is not Phase.DIALLING:
+            return
+        group = self.roster.groups[link.dc]
+        self.roster.forget(link)
+        self.refill.on_failed(group, link, now)
+        if link.purpose in _REPLACING:
+            self.renewal.on_failed(group, link, now)
+
+    def on_link_lost(self, now: float, link_id: int, why: Lost = Lost.ERROR) -> None:
+        """A link ended that nobody asked to close."""
+        roster = self.roster
+        link = roster.links.get(link_id)
+        if link is None or link.phase is Phase.DIALLING:
+            return self.on_dial_failed(now, link_id)
+        group = roster.groups[link.dc]
+        roster.forget(link)
+        if link.phase is Phase.DRAINING:
+            return None
+        if now - link.ready_at <= FLAP_S:
+            roster.quarantine.add(now, link.endpoint)
+            roster.counts.count("endpoint_quarantine_total")
+            roster.say(Level.WARN, f"DC {link.dc}: endpoint {endpoint_text(link.endpoint)} rests {QUARANTINE_S:.0f} s, its link lived "
+                       f"{now - link.ready_at:.1f} s ({why.value})")
+        self.refill.on_lost(group, link, self._need(group, Due(now)), now)
+        return None
+
+    def on_bound(self, now: float, link_id: int, dc: int) -> None:
+        """A session for the signed `dc` uses the link.  Every session is reported with on_unbound, also when its link is gone."""
+        self.load[abs(dc)] = self.load.get(abs(dc), 0) + 1
+        link = self.roster.links.get(link_id)
+        if link is None:
+            return
+        link.sessions += 1
+        self.roster.floors.used(now, link.dc)
+        self.roster.touched.add(link.dc)
+        if link.generation < self.roster.generations.active:
+            self.roster.counts.count("pool_stale_pick_total")
+
+    def on_unbound(self, now: float, link_id: int, dc: int) -> None:
+        """A session ended."""
+        left = self.load[abs(dc)] - 1
+        if left:
+            self.load[abs(dc)] = left
+        else:
+            del self.load[abs(dc)]
+        link = self.roster.links.get(link_id)
+        if link is None:
+            return
+        link.sessions -= 1
+        if link.live:
+            self.roster.floors.used(now, link.dc)
+        if not link.sessions:
+            link.idle_at = now
+            self.roster.touched.add(link.dc)
+            if link.phase is Phase.DRAINING:
+                self.roster.close(link)
+
+    def beat(self, now: float, link_id: int, heard: bool) -> Beat:
+        """Keepalive of one link: call it when the link is ready and whenever `again_s` is over.  heard: any byte since the last call."""
+        return self.keepalive.beat(now, self.roster.links[link_id], heard)
+
+    def on_pong(self, now: float, link_id: int, rtt_ms: float) -> None:
+        """A ping of this link was answered."""
+        link = self.roster.links.get(link_id)
+        if link is not None:
+            self.keepalive.pong(now, link, rtt_ms)
+
+    def signal_pause(self, first: bool = False) -> float | None:
+        """Seconds until the next activity signal of a link, None = no signals."""
+        return self.keepalive.signal_pause_s(first)
+
+    # questions
+
+    def route(self, now: float, dc: int, has_direct: bool, waited: bool = False) -> Way:
+        """What a new session for the signed `dc` does.  waited: it has been held, and its time is over."""
+        return self.dispatch.route(now, dc, has_direct, waited)
+
+    def _need(self, group: Group, due: Due) -> int:
+        return self.roster.floors.floor(group, due) if group.endpoints else 0
+
+    # the plan
+
+    def plan(self, now: float) -> list[Action]:
+        """Return what is to be done now; the last action says when to ask again."""
+        roster = self.roster
+        due = Due(now)
+        for group in roster.groups.values():
+            if group.due_at <= now:
+                roster.touched.add(group.dc)
+        while True:
+            while roster.touched:
+                touched, roster.touched = sorted(roster.touched), set()
+                for dc in touched:
+                    if dc in roster.groups:
+                        self._look(roster.groups[dc], now)
+            due.at = math.inf
+            self.swap.step(due)
+            self.availability.step(due)
+            if not roster.touched:
+                break
+        actions, roster.actions = roster.actions, []
+        wake_at = min((group.due_at for group in roster.groups.values()), default=math.inf)
+        return [*actions, WakeAt(min(wake_at, due.at))]
+
+    def _look(self, group: Group, now: float) -> None:
+        """Do what is due for one group."""
+        due, roster = Due(now), self.roster
+        for link in list(group.links.values()):
+            if link.phase is Phase.DRAINING:
+                roster.drain_step(link, due)
+        if not group.endpoints and not group.links:
+            del roster.groups[group.dc]
+            roster.floors.forget(group.dc)
+            self.availability.forget(group.dc)
+            return
+        if roster.may_dial:
+            need = self._need(group, due)
+            self.refill.step(group, need, due)
+            if not group.outage:
+                self.renewal.step(group, need, due)
+        self.availability.look(group, due)
+        group.due_at = due.at
+
+
+# -- what the API shows of it (13)
+
+def pool_snapshot(planner: PoolPlanner, now: float) -> PoolSnapshot:
+    """Everything about groups and links at this moment."""
+    roster = planner.roster
+    generations, links = roster.generations, [link for link in roster.links.values() if link.phase is not Phase.DIALLING]
+    return PoolSnapshot(
+        active_generation=generations.active,
+        warm_generation=generations.pending if planner.swap.warming else 0,
+        pending_hardswap_generation=generations.pending,
+        pending_hardswap_age_secs=int(now - generations.started_at) if generations.pending else None,
+        draining_generations=tuple(sorted({link.generation for link in links if link.phase is Phase.DRAINING})),
+        writers=tuple(sorted((_writer_row(roster, link, now) for link in links), key=_writer_order)),
+        dcs=tuple(_dc_row(planner, group, now) for group in roster.groups.values() if group.dc in roster.listed.groups),
+        quarantined=roster.quarantine.rows(now),
+        refills=tuple((group.dc, "V6" if ":" in group.episode.endpoint[0] else "V4", 1)
+                      for group in roster.groups.values() if group.episode is not None))
+
+
+def _writer_row(roster: Roster, link: LinkFacts, now: float) -> WriterRow:
+    group, ema_ms = roster.groups[link.dc], link.pulse.ema_ms
+    return WriterRow(
+        writer_id=link.link_id, dc=link.dc if link.endpoint in group.endpoints else None, endpoint=endpoint_text(link.endpoint),
+        generation=link.generation, state=link.phase.value, draining=link.phase is Phase.DRAINING, degraded=link.pulse.degraded,
+        bound_clients=link.sessions, idle_for_secs=None if link.sessions else max(0, int(now - link.idle_at)), rtt_ema_ms=ema_ms)
+
+
+def _writer_order(row: WriterRow) -> tuple[int, tuple[int, int, int], int]:
+    host, _, port = row.endpoint.rpartition(":")
+    return _GROUP_MAX if row.dc is None else row.dc, endpoint_order((host.strip("[]"), int(port))), row.writer_id
+
+
+def _dc_row(planner: PoolPlanner, group: Group, now: float) -> DcRow:
+    live = [link for link in group.links.values() if link.live and link.endpoint in group.endpoints]
+    known = [link.pulse.ema_ms for link in live if link.pulse.ema_ms is not None]
+    return DcRow(
+        dc=group.dc, endpoints=tuple(map(endpoint_text, group.endpoints)), available_endpoints=len({link.endpoint for link in live}),
+        required_writers=planner.roster.floors.floor(group, Due(now)), alive_writers=len(live),
+        rtt_ms=sum(known) / len(known) if known else None, load=planner.load.get(group.dc, 0))
+
+
+def route_snapshot(planner: PoolPlanner, now: float, now_wall: float, fallback_sessions: int) -> RouteSnapshot:
+    """Where new sessions go at this moment; fallback_sessions: how many are on the direct way now."""
+    availability, roster = planner.availability, planner.roster
+    direct_since_at = availability.degraded_at if roster.general.auto_degradation_enabled else None
+    return RouteSnapshot(
+        me_ready=any(roster.bindable_until(link) > now for link in roster.links.values()), middle=direct_since_at is None,
+        direct_since_wall=0 if direct_since_at is None else int(now_wall - (now - direct_since_at)), was_ready=availability.was_ready,
+        down_dcs=tuple(availability.down(Due(now))), fallback_sessions=fallback_sessions)
 
 
 class FirstPlanner:
