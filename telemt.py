@@ -5192,7 +5192,7 @@ class Purpose(enum.Enum):
     ROTATE = "rotate"          # replaces a reserve link in turn (9.3)
 
 
-_COUNTED: Final = frozenset((Purpose.FLOOR, Purpose.REFILL, Purpose.OUTAGE))       # in reconnect_*_total (D8)
+_RECONNECTS: Final = frozenset((Purpose.FLOOR, Purpose.REFILL, Purpose.OUTAGE))       # in reconnect_*_total (D8)
 _CONTOUR: Final = {Phase.ACTIVE: 0, Phase.WARM: 1, Phase.DRAINING: 2}
 _REPLACING: Final = frozenset((Purpose.REFRESH, Purpose.ROTATE))
 
@@ -5578,7 +5578,7 @@ class Roster:
         self._last_id += 1
         link = LinkFacts(self._last_id, group.dc, endpoint, generation or self.generations.active, purpose, now, replaces)
         self.links[link.link_id] = group.links[link.link_id] = link
-        if purpose in _COUNTED:
+        if purpose in _RECONNECTS:
             self.counts.count("reconnect_attempt_total")
         self.actions.append(OpenLink(link.link_id, group.dc, endpoint, link.generation))
         self.touched.add(group.dc)             # its lateness is a moment to wait for
@@ -5791,7 +5791,7 @@ class Refill:
         roster, counts = self.roster, self.roster.counts
         group.fails.pop(link.endpoint, None)
         held = roster.quarantine.until_at(now, link.endpoint) > now
-        if link.purpose in _COUNTED:
+        if link.purpose in _RECONNECTS:
             counts.count("reconnect_success_total")
         if link.purpose is Purpose.OUTAGE:
             counts.count("single_endpoint_outage_reconnect_success_total")
