@@ -15124,7 +15124,9 @@ def start_control_plane(server: Server, reloader: Reloader) -> Callable[[], None
     try:
         module = importlib.import_module("telemt_api")
     except ImportError as error:
-        log_cli.warn("control plane not started: %s is missing", error.name)
+        missing = error.name or "telemt_api"
+        log_cli.warn("control plane not started: %s is missing%s", missing,
+                     "" if missing == "telemt_api" else " (OpenWrt: python3-email python3-urllib)")
         return lambda: None
     stop: Callable[[], None] = module.start(Control(server, reloader))
     return stop

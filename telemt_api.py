@@ -13,8 +13,8 @@ second time, so its names appear in annotations only.
    6  routes      pure  <- 1-3             which requests exist; the OpenAPI document
    7  store       io    <- 1 4 5           the configuration on disk: revision, changes
    8  http        io    <- 1               HTTP/1.1 for few clients, none of whom is trusted
-   9  service     io    <- 1-4 6-8         gates and handlers; start and stop
-  10  qr          pure  <- -               a link as a QR code
+   9  qr          pure  <- -               a link as a QR code
+  11  service     io    <- 1-4 6-9         gates and handlers; start and stop
 """
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ import functools
 import hashlib
 import heapq
 import hmac
+import io
 import ipaddress
 import itertools
 import json
@@ -34,6 +35,7 @@ import math
 import os
 import re
 import socket
+import socketserver
 import stat
 import sys
 import threading
@@ -42,6 +44,16 @@ import tomllib
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+
+# http.server brings http.client along, and that OpenSSL, 3 MB, for connections that nothing here makes.
+_ssl = sys.modules.get("ssl")
+sys.modules["ssl"] = None  # type: ignore[assignment]
+import http.server
+
+if _ssl is None:
+    del sys.modules["ssl"]
+else:
+    sys.modules["ssl"] = _ssl
 
 if TYPE_CHECKING:
     from telemt import (
@@ -1391,6 +1403,7 @@ ROUTES: Final = (
           "ignored"),
     Route("POST", "/v1/users/{username}/reset-quota", "reset_quota", "ResetUserQuotaResponse", "Set the used octets of a user to 0",
           "reset_quota", "ignored"),
+    Route("GET", "/v1/users/{username}/qr", "get_qr", "QrData", "QR matrix of one link of a user; query: kind, index"),
     Route("GET", "/v1/limits/effective", "get_limits", "LimitsData", "Timeouts and policies in force"),
     Route("GET", "/v1/security/posture", "get_posture", "PostureData", "Switches of API and telemetry"),
     Route("GET", "/v1/security/whitelist", "get_whitelist", "WhitelistData", "Networks that may use the API"),
@@ -1463,7 +1476,7 @@ def query_of(target: str) -> dict[str, str]:
     """Members of the query; the first of a name counts, what cannot be decoded is left out."""
     found: dict[str, str] = {}
     for part in target.partition("#")[0].partition("?")[2].split("&")[:100]:
-        name, _, value = part.replace("+", " ").partition("=")
+        name, _, value = part.partition("=")
         try:
             found.setdefault(percent_decode(name), percent_decode(value))
         except ValueError:
@@ -1475,6 +1488,20 @@ def events_limit(target: str) -> int:
     """How many events a request wants: 1 to 1000, 50 without a number."""
     text = query_of(target).get("limit", "")
     return max(1, min(1000, int(text[:9]))) if text.isascii() and text.isdigit() else EVENTS_SHOWN
+
+
+def wanted_link(target: str) -> tuple[str, int]:
+    """(kind, index) of the link that a request for a QR code means.  Raises ApiError(400)."""
+    query = query_of(target)
+    kind, index = query.get("kind", "tls"), query.get("index", "0")
+    if kind not in LINK_KINDS:
+        raise bad_request(f"kind must be one of {', '.join(LINK_KINDS)}")
+    if not re.fullmatch("[0-9]{1,4}", index):
+        raise bad_request("index must be within [0, 9999]")
+    return kind, int(index)
+
+
+LINK_KINDS: Final = ("tls", "tls_domains", "secure", "classic")
 
 
 # -- shapes
@@ -1567,6 +1594,7 @@ SHAPES: Final = {
     "CreateUserRequest": "username:Username " + _CHANGES,
     "PatchUserRequest": _CHANGES,
     "RotateSecretRequest": "secret?:Secret~",
+    "QrData": "kind:tls|tls_domains|secure|classic index:int link:str version:int rows:[bits]",
     "UserQuotaEntry": "username:str data_quota_bytes:int used_bytes:int last_reset_epoch_secs:int",
     "UserQuotaListData": "users:[UserQuotaEntry]",
     "ResetUserQuotaResponse": "username:str used_bytes:zero last_reset_epoch_secs:int",
@@ -1643,6 +1671,7 @@ _KINDS: Final[dict[str, JsonObject]] = {
     "true": {"type": "boolean", "const": True},
     "false": {"type": "boolean", "const": False}, "zero": {"type": "integer", "const": 0},
     "link": {"type": "string", "pattern": r"^tg://proxy\?server=[^&]+&port=[0-9]+&secret="},
+    "bits": {"type": "string", "pattern": "^[01]+$"},
     "Revision": {"type": "string", "pattern": "^[0-9a-f]{64}$"}, "Secret": {"type": "string", "pattern": "^[0-9A-Fa-f]{32}$"},
     "AdTag": {"type": "string", "pattern": "^[0-9A-Fa-f]{32}$"},
     "Username": {"type": "string", "pattern": r"^(?!\.{1,2}$)[A-Za-z0-9_.-]{1,64}$", "minLength": 1, "maxLength": 64},
@@ -1701,6 +1730,9 @@ def describe(route: Route) -> JsonObject:
         parameters.append({"name": "username", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}})
     if route.action:
         parameters.append({"name": "If-Match", "in": "header", "required": False, "schema": {"type": "string"}})
+    if route.name == "get_qr":
+        parameters += [{"name": "kind", "in": "query", "required": False, "schema": {"type": "string", "enum": list(LINK_KINDS)}},
+                       {"name": "index", "in": "query", "required": False, "schema": {"type": "string", "pattern": "^[0-9]{1,4}$"}}]
     if route.name == "get_events":
         parameters.append({"name": "limit", "in": "query", "required": False, "schema": {"type": "string"},
                            "description": "How many events: 1 to 1000, what is beyond is moved there; 50 where it is no number."})
@@ -2128,11 +2160,11 @@ def _remove_leftover(path: str, now_wall: float) -> None:
 
 
 # == 8. http =================================================================
-# HTTP/1.1 for few clients, none of whom is trusted.  The standard library's server
-# is too lenient (header syntax, 64 KiB lines, no deadlines) and needs packages that
-# a router lacks, so this is a small one of our own.  A thread per connection, few
-# connections, and a deadline on everything that waits for the peer: who is slow
-# or stuck costs one thread and nobody's time.
+# HTTP/1.1 for few clients, none of whom is trusted.  It stands on http.server, and
+# replaces what that does too leniently: header syntax, 64 KiB lines, no chunks, no
+# deadlines, a name look-up at bind, a `Server` field, tracebacks on stderr.
+# A thread per connection, few connections, and a deadline on everything that waits
+# for the peer: who is slow or stuck costs one thread and nobody's time.
 # Traps: `100 Continue` only when the body is about to be read; an answer while body
 # bytes are unread closes the connection, after a short drain, or the client would
 # see a reset instead of the answer.
@@ -2162,8 +2194,6 @@ _WORDS: Final = {
     200: "OK", 201: "Created", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
     408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long", 431: "Request Header Fields Too Large",
     500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported"}
-_DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-_MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
 class Head(NamedTuple):
@@ -2243,13 +2273,6 @@ class Answer(NamedTuple):
     close: bool = False
 
 
-def http_date(at_wall: float) -> str:
-    """IMF-fixdate, whatever the locale."""
-    now = time.gmtime(at_wall)
-    return (f"{_DAYS[now.tm_wday]}, {now.tm_mday:02} {_MONTHS[now.tm_mon - 1]} {now.tm_year} "
-            f"{now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02} GMT")
-
-
 class Request:
     """A head, who sent it, and its body for whoever wants it."""
 
@@ -2312,6 +2335,8 @@ class Wire:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._buffer = bytearray()
         self.idle_since: float | None = time.monotonic()     # None while a request is under way
 
@@ -2406,17 +2431,21 @@ class Wire:
                 self._more(deadline)
                 dropped += len(self._buffer)
 
-    def shut(self) -> None:
+    def shutdown(self, how: int) -> None:
         """Wake whoever waits here; for another thread."""
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+            self._sock.shutdown(how)
+
+    def close(self) -> None:
+        """Give up the socket."""
+        self._sock.close()
 
 
 _HEAD_END: Final = re.compile(rb"^\r?\n", re.MULTILINE)
 
 
 class Site(Protocol):
-    """What answers the requests of a listener."""
+    """What answers the requests of a server."""
 
     def answer(self, request: Request) -> Answer:
         """Answer one request; never raises."""
@@ -2428,111 +2457,108 @@ class Site(Protocol):
         """False: the connection is closed without a byte."""
 
 
-def converse(wire: Wire, peer: str, site: Site) -> None:
-    """Serve one connection until either side has enough.  Raises OSError."""
-    for number in range(1, REQUESTS_MAX + 1):
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection.  From the library come the loop over requests and the head of an answer; reading is Wire's."""
+
+    server: HttpServer
+    protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        """Nothing is wrapped: rfile would read ahead without a deadline."""
+        self.wire: Wire = self.request
+        self.peer = peer_ip(self.client_address[0])
+        self._asked = 0
+
+    def finish(self) -> None:
+        """The server closes."""
+
+    def handle_one_request(self) -> None:
+        """Read, answer, decide whether the connection goes on.  Raises OSError."""
+        site = self.server.site
+        self.close_connection = True
+        self._asked += 1
         try:
-            head = wire.head()
+            head = self.wire.head()
         except ApiError as error:
-            wire.write(render(site.refuse(error, peer), None, close=True))
-            wire.drain()
+            self._send(site.refuse(error, self.peer))
             return
         if head is None:
             return
-        request = Request(head, peer, wire)
+        request = Request(head, self.peer, self.wire)
         answer = site.answer(request)
-        close = answer.close or request.body_unread or not head.keep or number == REQUESTS_MAX
-        wire.write(render(answer, head, close=close))
-        if close:
-            wire.drain()
-            return
+        self.close_connection = answer.close or request.body_unread or not head.keep or self._asked == REQUESTS_MAX
+        self._send(answer, body=head.method != "HEAD")
+
+    def _send(self, answer: Answer, *, body: bool = True) -> None:
+        size = sum(map(len, answer.pieces))
+        self.wfile = io.BytesIO()                            # the head gathers here, so that a short answer is one segment
+        self.request_version = "HTTP/1.1"
+        self.send_response_only(answer.status, _WORDS[answer.status])
+        self.send_header("Date", self.date_time_string())
+        self.send_header("Content-Type", answer.kind)
+        self.send_header("Content-Length", str(size))
+        for name, value in answer.fields:
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        pieces = [self.wfile.getvalue(), *(answer.pieces if body else ())]
+        self.wire.write([b"".join(pieces)] if size <= _READ else pieces)
+        if self.close_connection:
+            self.wire.drain()
 
 
-def render(answer: Answer, head: Head | None, *, close: bool) -> list[bytes]:
-    """The answer's bytes; to HEAD without its body."""
-    size = sum(map(len, answer.pieces))
-    lines = [f"HTTP/1.1 {answer.status} {_WORDS[answer.status]}", f"Date: {http_date(time.time())}", f"Content-Type: {answer.kind}",
-             f"Content-Length: {size}", *(f"{name}: {value}" for name, value in answer.fields)]
-    if close:
-        lines.append("Connection: close")
-    block = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-    if head is not None and head.method == "HEAD":
-        return [block]
-    if size <= _READ:
-        return [b"".join((block, *answer.pieces))]           # one segment, one wake-up of the client
-    return [block, *answer.pieces]
-
-
-class Listener:
+class HttpServer(http.server.ThreadingHTTPServer):
     """One listening address: a thread that accepts, and one for each of at most `places` connections."""
 
-    def __init__(self, address: tuple[str, int], places: int, site: Site, log: Log, failed: str) -> None:
-        self.address, self._places, self._site, self._log = address, places, site, log
-        self._failed = failed                  # log text when the address cannot be bound
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = _BACKLOG
+
+    def __init__(self, address: tuple[str, int], places: int, site: Site, log: Log) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self.site, self._places, self._log = site, places, log
         self._wires: set[Wire] = set()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._sock: socket.socket | None = None
-        self._retried = False
         self._crowd_at = -math.inf             # last log line about too many connections
+        super().__init__(address, Handler)     # raises OSError
 
-    def start(self, opened: Callable[[tuple[str, int]], None]) -> None:
-        """Bind and serve; opened(address) tells when it works.  A bind that fails is tried again every 10 s."""
-        if self._bind():
-            opened(self.address)
-        threading.Thread(target=self._run, args=(opened,), name=f"telemt-{self.address[1]}", daemon=True).start()
+    def server_bind(self) -> None:
+        """Without the library's getfqdn, which asks the DNS."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(self.server_address[0] != "::"))
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
-    def _bind(self) -> bool:
-        host, port = self.address
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))
-            sock.bind((host, port))
-            sock.listen(_BACKLOG)
-        except OSError as error:
-            sock.close()
-            (self._log.debug if self._retried else self._log.warn)("%s", self._failed, addr=_at(host, port), error=error.strerror)
-            self._retried = True
-            return False
-        self.address = (host, sock.getsockname()[1])
-        self._sock = sock
-        return True
-
-    def _run(self, opened: Callable[[tuple[str, int]], None]) -> None:
-        while self._sock is None:
-            if self._stopped.wait(_RETRY_S):
-                return
-            if self._bind():
-                opened(self.address)
+    def serve(self) -> None:
+        """Accept until stop().  Not serve_forever, which wakes twice a second."""
         while not self._stopped.is_set():
-            try:
-                sock, peer = self._sock.accept()
-            except OSError as error:
-                if not self._stopped.is_set():
-                    self._log.warn("API accept failed", error=error.strerror)
-                    self._stopped.wait(_ACCEPT_PAUSE_S)
-                continue
-            self._admit(sock, peer_ip(peer[0]))
+            self.handle_request()
 
-    def _admit(self, sock: socket.socket, peer: str) -> None:
-        """Give a connection its thread, or close it at once."""
-        wire = Wire(sock)
-        if not self._site.admits(peer):
+    def get_request(self) -> tuple[Any, Any]:
+        """Accept one connection; a failure is logged and not tried again at once."""
+        try:
+            sock, address = self.socket.accept()
+        except OSError as error:
+            if not self._stopped.is_set():
+                self._log.warn("API accept failed", error=error.strerror)
+                self._stopped.wait(_ACCEPT_PAUSE_S)
+            raise
+        return Wire(sock), address
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """False closes the connection at once: not admitted, or no place."""
+        peer = peer_ip(client_address[0])
+        if not self.site.admits(peer):
             self._log.debug("Connection refused by whitelist", peer=peer)
-        elif self._find_place(wire):
-            try:
-                threading.Thread(target=self._serve, args=(sock, wire, peer), name="telemt-http", daemon=True).start()
-                return
-            except RuntimeError as error:      # no more threads: this one goes
-                self._log.warn("API connection dropped", error=error)
-                self._leave(wire)
-        elif time.monotonic() > self._crowd_at + 10.0:
+            return False
+        if self._find_place(request):
+            return True
+        if time.monotonic() > self._crowd_at + 10.0:
             self._crowd_at = time.monotonic()
             self._log.debug("Too many API connections", limit=self._places)
-        sock.close()
+        return False
 
     def _find_place(self, wire: Wire) -> bool:
         with self._lock:
@@ -2542,34 +2568,72 @@ class Listener:
                 if oldest is None or since > time.monotonic() - _CROWDED_IDLE_S:
                     return False
                 self._wires.discard(oldest)
-                oldest.shut()
+                oldest.shutdown(socket.SHUT_RDWR)
             self._wires.add(wire)
             return True
 
-    def _leave(self, wire: Wire) -> None:
+    def shutdown_request(self, request: Any) -> None:
+        """The end of a connection, whatever ended it."""
         with self._lock:
-            self._wires.discard(wire)
+            self._wires.discard(request)
+        request.close()
 
-    def _serve(self, sock: socket.socket, wire: Wire, peer: str) -> None:
-        try:
-            with sock:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                converse(wire, peer, self._site)
-        except OSError as error:               # TimeoutError is one: the client does not read
-            self._log.debug("API connection ended", peer=peer, error=error)
-        finally:
-            self._leave(wire)
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log instead of the library's traceback on stderr; a client that left or does not read is no error."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self._log.debug("API connection ended", peer=client_address[0], error=error)
+        else:
+            self._log.error("internal error in an API connection\n%s", traceback.format_exc())
 
     def stop(self) -> None:
         """Close everything; the threads end by themselves."""
         self._stopped.set()
-        if self._sock is not None:
-            with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_RDWR)        # wakes accept()
-            self._sock.close()
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)           # wakes the thread that accepts
+        self.server_close()
         with self._lock:
             for wire in self._wires:
-                wire.shut()
+                wire.shutdown(socket.SHUT_RDWR)
+
+
+class Listener:
+    """An address that is served as soon as it can be bound."""
+
+    def __init__(self, address: tuple[str, int], places: int, site: Site, log: Log, failed: str) -> None:
+        self.address, self._places, self._site, self._log = address, places, site, log
+        self._failed = failed                  # log text when the address cannot be bound
+        self._stopped = threading.Event()
+        self._server: HttpServer | None = None
+
+    def start(self, opened: Callable[[tuple[str, int]], None]) -> None:
+        """Bind and serve; opened(address) tells when it works.  A bind that fails is tried again every 10 s."""
+        bound = self._bind(opened, self._log.warn)
+        threading.Thread(target=self._run, args=(bound, opened), name=f"telemt-{self.address[1]}", daemon=True).start()
+
+    def _bind(self, opened: Callable[[tuple[str, int]], None], report: Callable[..., None]) -> bool:
+        try:
+            self._server = HttpServer(self.address, self._places, self._site, self._log)
+        except OSError as error:
+            report("%s", self._failed, addr=_at(*self.address), error=error.strerror)
+            return False
+        self.address = (self.address[0], self._server.server_port)
+        opened(self.address)
+        return True
+
+    def _run(self, bound: bool, opened: Callable[[tuple[str, int]], None]) -> None:
+        while not bound:
+            if self._stopped.wait(_RETRY_S):
+                return
+            bound = self._bind(opened, self._log.debug)
+        if self._server is not None and not self._stopped.is_set():
+            self._server.serve()
+
+    def stop(self) -> None:
+        """Close everything; the threads end by themselves."""
+        self._stopped.set()
+        if self._server is not None:
+            self._server.stop()
 
 
 def _at(host: str, port: int) -> str:
@@ -2582,583 +2646,7 @@ def peer_ip(host: str) -> str:
     return host[7:] if host.startswith("::ffff:") and "." in host else host
 
 
-# == 9. service ==============================================================
-# The gates of api.md 4 in their order, the handlers, and what telemt.py starts.
-# A handler runs in the thread of its connection.  It copies plain integers, or asks
-# the loop for a snapshot and shares the answer with everybody who waits (Cached).
-# Long lists are made in slices with a pause between them: the interpreter has one
-# lock, and a session must not wait for it while an operator reads a table.
-# Source: api.md 4, 9, 14.3, 14.4, 15; metrics.md 1, 2, 6.
-
-API_PLACES: Final = 64
-METRICS_PLACES: Final = 32
-_ASK_S: Final = 0.5                      # what the data plane gets for a snapshot
-_STOP_S: Final = 1.0                     # what a change that is being written gets when we stop
-_SLICE: Final = 25                       # users between two pauses
-_FRAMES_S: Final = 5.0                   # how long the lasting part of a user is kept
-_SWITCH_S: Final = 0.0005                # how long a thread here may keep the interpreter from the loop
-_TEXT: Final = "text/plain; charset=utf-8"
-_FIELDS: Final = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"))
-_ALLOW: Final = ("Allow", "GET, PATCH, DELETE")
-_MAPPED: Final = ipaddress.IPv6Network("::ffff:0:0/96")
-_CONTEXT_MAX: Final = 256                # bytes of an event's context
-
-
-class Whitelist:
-    """Networks of which a peer must be; none = everybody may.  IPv4 behind ::ffff: is IPv4."""
-
-    def __init__(self, networks: Iterable[IpNetwork]) -> None:
-        self._networks = [_plain_network(network) for network in networks]
-
-    def admits(self, peer: str) -> bool:
-        """True if an address (of peer_ip) may come in."""
-        if not self._networks:
-            return True
-        try:
-            ip = ipaddress.ip_address(peer)
-        except ValueError:
-            return False
-        return any(ip.version == network.version and ip in network for network in self._networks)
-
-
-def _plain_network(network: IpNetwork) -> IpNetwork:
-    if isinstance(network, ipaddress.IPv6Network) and network.prefixlen >= 96 and network.subnet_of(_MAPPED):
-        return ipaddress.IPv4Network((int(network.network_address) & 0xFFFF_FFFF, network.prefixlen - 96))
-    return network
-
-
-class Guard:
-    """Gates 2 to 4: who may ask, from what."""
-
-    def __init__(self, api: Api) -> None:
-        self._whitelist = Whitelist(api.whitelist)
-        self._auth = api.auth_header.strip(" \t") if api.auth_header else None       # blank or not ASCII: locked
-        self._hosts = {host.lower() for host in api.allowed_hosts}
-
-    def check(self, head: Head, peer: str) -> None:
-        """Raise ApiError 403 or 401 in the order of the gates."""
-        if not self._whitelist.admits(peer):
-            raise forbidden("Source IP is not allowed")
-        if self._auth is not None and not self._is_authorized(head.values("authorization")):
-            raise ApiError(401, "unauthorized", "Missing or invalid Authorization header")
-        if self._hosts and not all(map(self._is_host_allowed, head.values("host"))):
-            raise forbidden("Host is not allowed")
-        if head.method in ("POST", "PATCH", "PUT", "DELETE") and _is_cross_site(head):
-            raise forbidden("Cross-site request refused")
-
-    def _is_authorized(self, values: list[str]) -> bool:
-        assert self._auth is not None
-        if len(values) != 1 or not self._auth or not self._auth.isascii() or _NO_HEADER_TEXT.search(values[0]):
-            return False
-        return hmac.compare_digest(values[0].encode(), self._auth.encode())
-
-    def _is_host_allowed(self, value: str) -> bool:
-        host = re.sub(r":\d*$", "", value.strip()).lower()
-        if host in self._hosts or host == "localhost":
-            return True
-        try:
-            ipaddress.ip_address(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
-        except ValueError:
-            return False
-        return True
-
-
-def _is_cross_site(head: Head) -> bool:
-    """The browser guard (14.4): a page of another site wants to change something."""
-    if any(value.lower() in ("cross-site", "same-site") for value in head.values("sec-fetch-site")):
-        return True
-    if not head.values("origin") or head.method not in ("POST", "PATCH"):
-        return False
-    kinds = head.values("content-type")
-    return not kinds or any(kind.partition(";")[0].strip().lower() != "application/json" for kind in kinds)
-
-
-class Cached(Generic[_T]):
-    """The last value of `build`, shared for `ttl_s` seconds; one build at a time, everybody who waits gets its value.
-
-    What `keep` refuses is handed to those who wait, and not kept.
-    """
-
-    def __init__(self, build: Callable[[], _T], ttl_s: float, keep: Callable[[_T], bool] = lambda value: True) -> None:
-        self._build, self._ttl_s, self._keep = build, ttl_s, keep
-        self._lock = threading.Lock()
-        self._builds = 0
-        self._value: list[_T] = []
-        self._until = -math.inf                # monotonic seconds
-
-    def get(self) -> tuple[_T, bool]:
-        """The value, and whether it was there already."""
-        seen = self._builds
-        with self._lock:
-            if self._value and (self._builds != seen or time.monotonic() < self._until):
-                return self._value[0], True
-            value = self._build()
-            self._builds += 1
-            self._value = [value]
-            self._until = time.monotonic() + self._ttl_s if self._keep(value) else -math.inf
-            return value, False
-
-
-class Events:
-    """Ring of what the control plane did; record() may be called from any thread."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._ring: collections.deque[tuple[int, int, str, str]] = collections.deque(maxlen=capacity)
-        self._numbers = itertools.count(1)
-        self._lock = threading.Lock()
-
-    def record(self, kind: str, context: str) -> None:
-        """One event; a long context is cut."""
-        context = context.encode("utf-8", "replace")[:_CONTEXT_MAX].decode("utf-8", "ignore")
-        with self._lock:
-            self._ring.append((next(self._numbers), int(time.time()), kind, context))
-
-    def view(self, limit: int) -> JsonObject:
-        """`data` of runtime/events/recent: the last `limit`, oldest first."""
-        with self._lock:
-            rows = list(self._ring)
-        dropped = rows[0][0] - 1 if rows else 0
-        return {"capacity": self.capacity, "dropped_total": dropped, "events": [
-            {"seq": seq, "ts_epoch_secs": at, "event_type": kind, "context": context} for seq, at, kind, context in rows[-limit:]]}
-
-
-class Minimal(NamedTuple):
-    """What the loop tells for 9.5 to 9.7; pool None: there is none, path None: no answer in time."""
-
-    pool: PoolSnapshot | None
-    path: list[JsonObject] | None
-    now_s: int
-
-
-def breathe(number: int) -> None:
-    """Between two items of a long list: let the data plane have the interpreter now and then."""
-    if number % _SLICE == _SLICE - 1:
-        time.sleep(0)
-
-
-class Desk:
-    """The handlers of all reads: one method per name in ROUTES; returns `data` as JSON."""
-
-    def __init__(self, port: ControlPort, revision: Callable[[], str]) -> None:
-        self.port, self._revision = port, revision
-        self.api = api = port.settings.server.api          # frozen at start (api.md 1)
-        self.events = Events(api.runtime_edge_events_capacity)
-        self._minimal = Cached(self._build_minimal, api.minimal_runtime_cache_ttl_ms / 1000, lambda found: found.pool is not None)
-        self._load = Cached(self._build_load, api.runtime_edge_cache_ttl_ms / 1000, lambda found: found is not None)
-        self._frames: tuple[Settings, float, dict[str, UserFrame]] = (port.settings, -math.inf, {})
-        self._openapi = functools.cache(lambda: dump_json(make_openapi(port.version)))
-
-    # -- the data plane
-
-    def _ask(self, build: Callable[[], _T]) -> _T | None:
-        """What the loop makes of `build`; None when it does not answer in time."""
-        try:
-            return self.port.ask(build, _ASK_S)
-        except TimeoutError:
-            return None
-
-    def _build_minimal(self) -> Minimal:
-        sources = self.port.sources
-        pool = sources.pool if self.port.settings.general.use_middle_proxy else None
-        found = self._ask(lambda: (pool() if pool else None, sources.path() if sources.path else []))
-        return Minimal(found[0] if found else None, found[1] if found else None, int(time.time()))
-
-    def _minimal_now(self) -> Minimal:
-        return self._minimal.get()[0]
-
-    def _upstream_rows(self) -> list[JsonObject] | None:
-        rows = self.port.sources.upstreams
-        return self._ask(rows) if rows else None
-
-    def _uptime_s(self) -> float:
-        return time.monotonic() - self.port.started_at
-
-    @property
-    def _minimal_off(self) -> bool:
-        return not self.api.minimal_runtime_enabled
-
-    # -- plain integers
-
-    def get_health(self) -> str:
-        return dump_json({"status": "ok", "read_only": self.api.read_only})
-
-    def get_summary(self) -> str:
-        counters = self.port.counters
-        return dump_json(view_head(counters, self._uptime_s(), len(self.port.settings.access.users)) | view_refusals(counters))
-
-    def get_zero_all(self) -> str:
-        settings = self.port.settings
-        return dump_json(view_zero_all(self.port.counters, settings.general.telemetry, self._uptime_s(), len(settings.access.users),
-                                       int(time.time())))
-
-    def get_system_info(self) -> str:
-        sources, uptime = self.port.sources, os.uname()
-        found = {"version": self.port.version, "target_arch": uptime.machine, "target_os": "linux", "build_profile": "release",
-                 "process_started_at_epoch_secs": int(self.port.started_wall), "uptime_seconds": self._uptime_s(),
-                 "config_path": self.port.config_path, "config_hash": self._revision(), "config_reload_count": sources.reloads}
-        if sources.reloaded_wall:
-            found["last_config_reload_epoch_secs"] = int(sources.reloaded_wall)
-        return dump_json(found)
-
-    def get_limits(self) -> str:
-        return dump_json(view_limits(self.port.settings))
-
-    def get_posture(self) -> str:
-        return dump_json(view_posture(self.port.settings, self.api))
-
-    def get_whitelist(self) -> str:
-        return dump_json(view_whitelist(self.api, int(time.time())))
-
-    def get_openapi(self) -> str:
-        return self._openapi()
-
-    # -- users
-
-    def get_users(self) -> str:
-        settings, users, rows = self.port.settings, self.port.users, []
-        counted, now = settings.general.telemetry.user_enabled, time.monotonic()
-        frames = self._frames_of(settings)
-        for number, name in enumerate(sorted(settings.access.users)):
-            rows.append(render_user(self._frame(frames, name, settings), users.get(name), counted, now))
-            breathe(number)
-        return f"[{','.join(rows)}]"
-
-    def get_user(self, name: str) -> str:
-        settings = self.port.settings
-        if name not in settings.access.users:
-            raise not_found("User not found")
-        frame = self._frame(self._frames_of(settings), name, settings)
-        return render_user(frame, self.port.users.get(name), settings.general.telemetry.user_enabled, time.monotonic())
-
-    def _frames_of(self, settings: Settings) -> dict[str, UserFrame]:
-        """Where the frames of this configuration are kept, for some seconds: an address that is detected later changes the links."""
-        known, until, frames = self._frames
-        if known is not settings or time.monotonic() > until:
-            frames = {}
-            self._frames = (settings, time.monotonic() + _FRAMES_S, frames)
-        return frames
-
-    def _frame(self, frames: dict[str, UserFrame], name: str, settings: Settings) -> UserFrame:
-        frame = frames.get(name)
-        if frame is None:
-            links = view_links(self.port.links(name), settings.censorship.tls_domain)
-            frame = frames[name] = frame_user(name, settings.access, links)
-        return frame
-
-    def get_active_ips(self) -> str:
-        return dump_json(view_active_ips(self.port.users.values()))
-
-    def get_quotas(self) -> str:
-        return dump_json(view_quotas(self.port.settings.access, self.port.users))
-
-    # -- snapshots
-
-    def get_upstreams(self) -> str:
-        rows = None if self._minimal_off else self._upstream_rows()
-        reason = FEATURE_DISABLED if self._minimal_off else SOURCE_UNAVAILABLE if rows is None else ""
-        return dump_json(view_upstreams(self.port.counters, rows, reason, int(time.time())))
-
-    def get_minimal_all(self) -> str:
-        if self._minimal_off:
-            return dump_json(view_gated(None, FEATURE_DISABLED, int(time.time())))
-        found = self._minimal_now()
-        return dump_json(view_minimal_all(found.pool, found.path or [], self.port.settings.general, found.now_s))
-
-    def get_me_writers(self) -> str:
-        return self._pool_view(view_me_writers)
-
-    def get_dcs(self) -> str:
-        return self._pool_view(view_dcs)
-
-    def _pool_view(self, view: Callable[[PoolSnapshot | None, str, int], JsonObject]) -> str:
-        if self._minimal_off:
-            return dump_json(view(None, FEATURE_DISABLED, int(time.time())))
-        found = self._minimal_now()
-        return dump_json(view(found.pool, SOURCE_UNAVAILABLE, found.now_s))
-
-    def get_pool_state(self) -> str:
-        return self._pool_block(lambda pool: view_pool_state(pool, self.port.settings.general))
-
-    def get_me_quality(self) -> str:
-        return self._pool_block(lambda pool: view_me_quality(pool, self.port.counters.me))
-
-    def _pool_block(self, view: Callable[[PoolSnapshot], JsonObject]) -> str:
-        if self._minimal_off:
-            return dump_json(view_gated(None, FEATURE_DISABLED, int(time.time())))
-        found = self._minimal_now()
-        return dump_json(view_gated(view(found.pool) if found.pool else None, SOURCE_UNAVAILABLE, found.now_s))
-
-    def get_upstream_quality(self) -> str:
-        rows = None if self._minimal_off else self._upstream_rows()
-        reason = FEATURE_DISABLED if self._minimal_off else SOURCE_UNAVAILABLE if rows is None else ""
-        return dump_json(view_upstream_quality(self.port.counters, self.port.settings.general, rows, reason, int(time.time())))
-
-    def get_nat_stun(self) -> str:
-        nat = self.port.sources.nat if self.port.settings.general.use_middle_proxy else None
-        data = self._ask(nat) if nat and not self._minimal_off else None
-        return dump_json(view_gated(data, FEATURE_DISABLED if self._minimal_off else SOURCE_UNAVAILABLE, int(time.time())))
-
-    def get_selftest(self) -> str:
-        return dump_json(view_gated(None, SOURCE_UNAVAILABLE, int(time.time())))
-
-    def get_gates(self) -> str:
-        sources, general = self.port.sources, self.port.settings.general
-        route = self._ask(sources.route) if general.use_middle_proxy and sources.route else None
-        return dump_json(view_gates(general, route, sources.stage, sources.accepting,
-                                    self.port.counters.me.totals["fallback_sessions_total"]))
-
-    def is_ready(self) -> tuple[bool, str]:
-        """Fit for clients, and health/ready."""
-        rows = self._upstream_rows() or []
-        found = view_ready(self.port.sources.accepting, sum(row["healthy"] for row in rows), len(rows))
-        return found["ready"], dump_json(found)
-
-    # -- the edge of the runtime
-
-    def _build_load(self) -> JsonObject | None:
-        settings = self.port.settings
-        middle = 0
-        if settings.general.use_middle_proxy and self.port.sources.pool:
-            pool = self._ask(self.port.sources.pool)
-            if pool is None:
-                return None
-            middle = sum(writer.bound_clients for writer in pool.writers)
-        counted, users = settings.general.telemetry.user_enabled, []
-        for number, user in enumerate(list(self.port.users.values())):
-            octets = user.stats.octets_from_client + user.stats.octets_to_client
-            if octets or user.stats.current:
-                users.append(UserLoad(user.name, user.stats.current if counted else 0, octets))
-            breathe(number)
-        return view_connections(users, middle, self.api.runtime_edge_top_n, counted, self.api.runtime_edge_cache_ttl_ms)
-
-    def get_connections(self) -> str:
-        now_s = int(time.time())
-        if not self.api.runtime_edge_enabled:
-            return dump_json(view_gated(None, FEATURE_DISABLED, now_s))
-        data, cached = self._load.get()
-        if data is not None:
-            data = data | {"cache": data["cache"] | {"served_from_cache": cached}}
-        return dump_json(view_gated(data, SOURCE_UNAVAILABLE, now_s, enabled=True))
-
-    def get_events(self, limit: int) -> str:
-        data = self.events.view(limit) if self.api.runtime_edge_enabled else None
-        return dump_json(view_gated(data, FEATURE_DISABLED, int(time.time())))
-
-
-class ControlApi:
-    """The site of [server.api]: gates, routing, mutations."""
-
-    def __init__(self, port: ControlPort, store: Store) -> None:
-        self._port, self._store = port, store
-        self._api = port.settings.server.api
-        self._guard = Guard(self._api)
-        self.desk = Desk(port, store.revision)
-        self._numbers = itertools.count(1)
-
-    def admits(self, peer: str) -> bool:
-        """Everybody gets an answer; gate 2 says which."""
-        return True
-
-    def answer(self, request: Request) -> Answer:
-        """Answer one request; never raises."""
-        number = next(self._numbers)
-        try:
-            return self._answer(request)
-        except ApiError as error:
-            return self._refusal(error, number)
-        except Exception:
-            self._port.log.error("internal error in %s %s\n%s", request.head.method, ascii(request.head.target)[1:200],
-                                 traceback.format_exc())
-            return self._refusal(internal_error(), number)
-
-    def refuse(self, error: ApiError, peer: str) -> Answer:
-        """Answer bytes that are no request (gate 0)."""
-        return self._refusal(error, next(self._numbers))
-
-    def _refusal(self, error: ApiError, number: int) -> Answer:
-        fields = (*_FIELDS, _ALLOW) if error.status == 405 else _FIELDS
-        source = error.message == "Source IP is not allowed"             # a stranger does not keep a place
-        return Answer(error.status, JSON_TYPE, [error_body(error, number)], fields, close=source or error.status == 408)
-
-    def _answer(self, request: Request) -> Answer:
-        head = request.head
-        self._guard.check(head, request.peer)
-        route, name = find_route(head.method, path_of(head.target))
-        if route.action:
-            return self._change(route, name, request)
-        if not route.data:
-            return Answer(200, JSON_TYPE, [self.desk.get_openapi().encode()], _FIELDS)
-        revision = self._store.revision()
-        status = 200
-        if route.name == "get_ready":
-            ready, data = self.desk.is_ready()
-            status = 200 if ready else 503
-        elif route.name == "get_user":
-            data = self.desk.get_user(name)
-        elif route.name == "get_events":
-            data = self.desk.get_events(events_limit(head.target))
-        else:
-            data = getattr(self.desk, route.name)()
-        return Answer(status, JSON_TYPE, [success_body(data, revision)], _FIELDS)
-
-    def _change(self, route: Route, name: str, request: Request) -> Answer:
-        """Gates 6 to 14, then the view of what is live now."""
-        if self._api.read_only:
-            raise ApiError(403, "read_only", "API runs in read-only mode")
-        wanted = wanted_revision(request.head.values("if-match"))
-        body = request.body(self._api.request_body_limit_bytes) if route.body else b""
-        kind = f"api.user.{route.action}"
-        try:
-            outcome = self._store.apply(parse_command(route.action, name, body), wanted)
-        except ApiError as error:
-            self._note(f"{kind}.failed", f"username={name} code={error.code}" if name else f"code={error.code}")
-            raise
-        self._note(f"{kind}.ok", f"username={outcome.username}")
-        return Answer(route.status, JSON_TYPE, [success_body(self._changed(route, outcome), outcome.revision)], _FIELDS)
-
-    def _changed(self, route: Route, outcome: Outcome) -> str:
-        """`data` after a mutation."""
-        name = outcome.username
-        if route.action == "delete":
-            return dump_json(name)
-        if route.action == "reset_quota":
-            return dump_json({"username": name, "used_bytes": 0, "last_reset_epoch_secs": outcome.reset_wall})
-        try:
-            found = self.desk.get_user(name)
-        except ApiError:
-            raise internal_error("failed to build updated user view") from None
-        return f'{{"user":{found},"secret":{dump_json(outcome.secret)}}}' if route.data == "CreateUserResponse" else found
-
-    def _note(self, kind: str, context: str) -> None:
-        if self._api.runtime_edge_enabled:
-            self.desk.events.record(kind, context)
-
-
-class MetricsSite:
-    """The site of /metrics and /beobachten."""
-
-    def __init__(self, port: ControlPort) -> None:
-        self._port = port
-        self._whitelist = Whitelist(port.settings.server.metrics_whitelist)
-        self._warned = False
-
-    def admits(self, peer: str) -> bool:
-        """Others are closed without a byte."""
-        return self._whitelist.admits(peer)
-
-    def refuse(self, error: ApiError, peer: str) -> Answer:
-        """Answer bytes that are no request."""
-        return Answer(error.status, _TEXT, [f"{error.message}\n".encode()], close=True)
-
-    def answer(self, request: Request) -> Answer:
-        """Answer one request; never raises."""
-        path = re.split("[?#]", request.head.target, maxsplit=1)[0]
-        if request.head.method not in ("GET", "HEAD"):
-            return Answer(405, _TEXT, [b"Method Not Allowed\n"], (("Allow", "GET, HEAD"),))
-        try:
-            if path == "/metrics":
-                return Answer(200, METRICS_TYPE, self._metrics())
-            if path == "/beobachten":
-                return self._beobachten()
-        except Exception:
-            self._port.log.error("internal error in %s\n%s", path, traceback.format_exc())
-            return Answer(500, _TEXT, [b"internal error\n"])
-        return Answer(404, _TEXT, [b"Not Found\n"])
-
-    def _metrics(self) -> list[bytes]:
-        settings, users = self._port.settings, self._port.users
-        facts = Facts(self._port.counters, settings.general.telemetry, settings.general.me_floor_mode,
-                      sorted(users.values(), key=lambda user: user.name), settings.access.user_max_unique_ips,
-                      time.monotonic() - self._port.started_at, time.monotonic(), self._port.version)
-        if len(users) > SERIES_USERS_MAX and not self._warned:
-            self._warned = True
-            self._port.log.warn("Metrics show the first %d users by name only", SERIES_USERS_MAX)
-        found = []
-        for piece in render_metrics(facts):
-            found.append(piece.encode("utf-8", "replace"))
-            time.sleep(0)
-        return found
-
-    def _beobachten(self) -> Answer:
-        page = self._port.sources.beobachten
-        if not self._port.settings.general.beobachten:
-            return Answer(200, _TEXT, [b"beobachten disabled\n"])
-        try:
-            return Answer(200, _TEXT, [(self._port.ask(page, _ASK_S) if page else "empty\n").encode("utf-8", "replace")])
-        except TimeoutError:
-            return Answer(503, _TEXT, [b"the data plane is busy\n"])
-
-
-def metrics_addresses(server: ServerSettings) -> list[tuple[str, int]]:
-    """Where the metrics are served: as configured, on loopback if only loopback may read them, else everywhere (metrics.md 1)."""
-    if server.metrics_listen:
-        return [parse_address(server.metrics_listen)]
-    if server.metrics_port is None:
-        return []
-    inside = [network.subnet_of(_LOOPBACK_V4) if isinstance(network, ipaddress.IPv4Network) else network == _LOOPBACK_V6
-              for network in map(_plain_network, server.metrics_whitelist)]
-    if inside and all(inside):
-        return [("127.0.0.1", server.metrics_port), ("::1", server.metrics_port)]
-    return [("0.0.0.0", server.metrics_port)]
-
-
-_LOOPBACK_V4: Final = ipaddress.IPv4Network("127.0.0.0/8")
-_LOOPBACK_V6: Final = ipaddress.IPv6Network("::1/128")
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """(host, port) of IP:PORT, which the settings have checked."""
-    host, _, port = text.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
-def warn_about(port: ControlPort) -> None:
-    """Start-up warnings of api.md 14.3."""
-    api = port.settings.server.api
-    host, _ = parse_address(api.listen)
-    if not api.whitelist and not ipaddress.ip_address(host).is_loopback:
-        if not api.auth_header:
-            port.log.warn("server.api: whitelist is empty and auth_header is not set: anybody who reaches %s can read and change "
-                          "everything", api.listen)
-        if api.ui:
-            port.log.warn("server.api: whitelist is empty: anybody who reaches %s sees the status page, without data", api.listen)
-    with contextlib.suppress(OSError):
-        if os.stat(port.config_path).st_mode & 0o022:
-            port.log.warn("%s can be changed by group or others: it holds every secret", port.config_path)
-
-
-def start(port: ControlPort) -> Callable[[], None]:
-    """Open what the configuration asks for; returns what closes it again, within a second."""
-    server = port.settings.server
-    sys.setswitchinterval(_SWITCH_S)
-    listeners: list[Listener] = []
-    store: Store | None = None
-    where = parse_address(server.api.listen)
-    if server.api.enabled and where[1]:
-        warn_about(port)
-        store = Store(port)
-        site = ControlApi(port, store)
-        if server.api.runtime_edge_enabled:
-            port.sources.on_event = site.desk.events.record
-        listeners.append(Listener(where, API_PLACES, site, port.log, "Failed to bind API listener"))
-        listeners[0].start(lambda at: port.log.info("API endpoint: http://%s/v1/*", _at(*at)))
-    metrics = MetricsSite(port)
-    for address in metrics_addresses(server):
-        listener = Listener(address, METRICS_PLACES, metrics, port.log, f"Failed to bind metrics on {_at(*address)}")
-        listener.start(lambda at: port.log.info("Metrics endpoint: http://%s/metrics and /beobachten", _at(*at)))
-        listeners.append(listener)
-
-    def stop() -> None:
-        port.sources.on_event = None
-        for listener in listeners:
-            listener.stop()
-        if store is not None:
-            store.close(_STOP_S)
-    return stop
-
-
-# == 10. qr ==================================================================
+# == 9. qr ===================================================================
 # A link as a QR code that a phone reads from a screen: byte mode, level M
 # (15 % may be dirt or glare), the smallest version that holds the text.
 # Steps: bits -> codewords -> Reed-Solomon over GF(256) per block -> interleave
@@ -3398,3 +2886,617 @@ def draw_qr(code: QrCode, plain: bool = False) -> list[str]:
     before, after = ("", "") if plain else ("\x1b[30;107m", "\x1b[0m")
     return [before + "".join(light[int(over + under, 2)] for over, under in zip(upper, lower, strict=True)) + after
             for upper, lower in zip(rows[::2], rows[1::2], strict=True)]
+
+
+# == 11. service =============================================================
+# The gates of api.md 4 in their order, the handlers, and what telemt.py starts.
+# A handler runs in the thread of its connection.  It copies plain integers, or asks
+# the loop for a snapshot and shares the answer with everybody who waits (Cached).
+# Long lists are made in slices with a pause between them: the interpreter has one
+# lock, and a session must not wait for it while an operator reads a table.
+# Source: api.md 4, 9, 14.3, 14.4, 15; metrics.md 1, 2, 6.
+
+API_PLACES: Final = 64
+METRICS_PLACES: Final = 32
+_ASK_S: Final = 0.5                      # what the data plane gets for a snapshot
+_STOP_S: Final = 1.0                     # what a change that is being written gets when we stop
+_SLICE: Final = 25                       # users between two pauses
+_FRAMES_S: Final = 5.0                   # how long the lasting part of a user is kept
+_SWITCH_S: Final = 0.0005                # how long a thread here may keep the interpreter from the loop
+_TEXT: Final = "text/plain; charset=utf-8"
+_FIELDS: Final = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"))
+_ALLOW: Final = ("Allow", "GET, PATCH, DELETE")
+_MAPPED: Final = ipaddress.IPv6Network("::ffff:0:0/96")
+_CONTEXT_MAX: Final = 256                # bytes of an event's context
+
+
+class Whitelist:
+    """Networks of which a peer must be; none = everybody may.  IPv4 behind ::ffff: is IPv4."""
+
+    def __init__(self, networks: Iterable[IpNetwork]) -> None:
+        self._networks = [_plain_network(network) for network in networks]
+
+    def admits(self, peer: str) -> bool:
+        """True if an address (of peer_ip) may come in."""
+        if not self._networks:
+            return True
+        try:
+            ip = ipaddress.ip_address(peer)
+        except ValueError:
+            return False
+        return any(ip.version == network.version and ip in network for network in self._networks)
+
+
+def _plain_network(network: IpNetwork) -> IpNetwork:
+    if isinstance(network, ipaddress.IPv6Network) and network.prefixlen >= 96 and network.subnet_of(_MAPPED):
+        return ipaddress.IPv4Network((int(network.network_address) & 0xFFFF_FFFF, network.prefixlen - 96))
+    return network
+
+
+class Guard:
+    """Gates 2 to 4: who may ask, from what."""
+
+    def __init__(self, api: Api) -> None:
+        self._whitelist = Whitelist(api.whitelist)
+        self._auth = api.auth_header.strip(" \t") if api.auth_header else None       # blank or not ASCII: locked
+        self._hosts = {host.lower() for host in api.allowed_hosts}
+
+    def check_peer(self, peer: str) -> None:
+        """Gate 2.  Raises ApiError(403)."""
+        if not self._whitelist.admits(peer):
+            raise forbidden("Source IP is not allowed")
+
+    def check_key(self, head: Head) -> None:
+        """Gate 3.  Raises ApiError(401)."""
+        if self._auth is not None and not self._is_authorized(head.values("authorization")):
+            raise ApiError(401, "unauthorized", "Missing or invalid Authorization header")
+
+    def check_host(self, head: Head) -> None:
+        """The host half of gate 4.  Raises ApiError(403)."""
+        if self._hosts and not all(map(self._is_host_allowed, head.values("host"))):
+            raise forbidden("Host is not allowed")
+
+    def check_site(self, head: Head) -> None:
+        """The browser half of gate 4.  Raises ApiError(403)."""
+        if head.method in ("POST", "PATCH", "PUT", "DELETE") and _is_cross_site(head):
+            raise forbidden("Cross-site request refused")
+
+    def _is_authorized(self, values: list[str]) -> bool:
+        assert self._auth is not None
+        if len(values) != 1 or not self._auth or not self._auth.isascii() or _NO_HEADER_TEXT.search(values[0]):
+            return False
+        return hmac.compare_digest(values[0].encode(), self._auth.encode())
+
+    def _is_host_allowed(self, value: str) -> bool:
+        host = re.sub(r":\d*$", "", value.strip()).lower()
+        if host in self._hosts or host == "localhost":
+            return True
+        try:
+            ipaddress.ip_address(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
+        except ValueError:
+            return False
+        return True
+
+
+def _is_cross_site(head: Head) -> bool:
+    """The browser guard (14.4): a page of another site wants to change something."""
+    if any(value.lower() in ("cross-site", "same-site") for value in head.values("sec-fetch-site")):
+        return True
+    if not head.values("origin") or head.method not in ("POST", "PATCH"):
+        return False
+    kinds = head.values("content-type")
+    return not kinds or any(kind.partition(";")[0].strip().lower() != "application/json" for kind in kinds)
+
+
+class Cached(Generic[_T]):
+    """The last value of `build`, shared for `ttl_s` seconds; one build at a time, everybody who waits gets its value.
+
+    What `keep` refuses is handed to those who wait, and not kept.
+    """
+
+    def __init__(self, build: Callable[[], _T], ttl_s: float, keep: Callable[[_T], bool] = lambda value: True) -> None:
+        self._build, self._ttl_s, self._keep = build, ttl_s, keep
+        self._lock = threading.Lock()
+        self._builds = 0
+        self._value: list[_T] = []
+        self._until = -math.inf                # monotonic seconds
+
+    def get(self) -> tuple[_T, bool]:
+        """The value, and whether it was there already."""
+        seen = self._builds
+        with self._lock:
+            if self._value and (self._builds != seen or time.monotonic() < self._until):
+                return self._value[0], True
+            value = self._build()
+            self._builds += 1
+            self._value = [value]
+            self._until = time.monotonic() + self._ttl_s if self._keep(value) else -math.inf
+            return value, False
+
+
+class Events:
+    """Ring of what the control plane did; record() may be called from any thread."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._ring: collections.deque[tuple[int, int, str, str]] = collections.deque(maxlen=capacity)
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+
+    def record(self, kind: str, context: str) -> None:
+        """One event; a long context is cut."""
+        context = context.encode("utf-8", "replace")[:_CONTEXT_MAX].decode("utf-8", "ignore")
+        with self._lock:
+            self._ring.append((next(self._numbers), int(time.time()), kind, context))
+
+    def view(self, limit: int) -> JsonObject:
+        """`data` of runtime/events/recent: the last `limit`, oldest first."""
+        with self._lock:
+            rows = list(self._ring)
+        dropped = rows[0][0] - 1 if rows else 0
+        return {"capacity": self.capacity, "dropped_total": dropped, "events": [
+            {"seq": seq, "ts_epoch_secs": at, "event_type": kind, "context": context} for seq, at, kind, context in rows[-limit:]]}
+
+
+class Minimal(NamedTuple):
+    """What the loop tells for 9.5 to 9.7; pool None: there is none, path None: no answer in time."""
+
+    pool: PoolSnapshot | None
+    path: list[JsonObject] | None
+    now_s: int
+
+
+def breathe(number: int) -> None:
+    """Between two items of a long list: let the data plane have the interpreter now and then."""
+    if number % _SLICE == _SLICE - 1:
+        time.sleep(0)
+
+
+class Desk:
+    """The handlers of all reads: one method per name in ROUTES; returns `data` as JSON."""
+
+    def __init__(self, port: ControlPort, revision: Callable[[], str]) -> None:
+        self.port, self._revision = port, revision
+        self.api = api = port.settings.server.api          # frozen at start (api.md 1)
+        self.events = Events(api.runtime_edge_events_capacity)
+        self._minimal = Cached(self._build_minimal, api.minimal_runtime_cache_ttl_ms / 1000, lambda found: found.pool is not None)
+        self._load = Cached(self._build_load, api.runtime_edge_cache_ttl_ms / 1000, lambda found: found is not None)
+        self._frames: tuple[Settings, float, dict[str, UserFrame]] = (port.settings, -math.inf, {})
+        self._openapi = functools.cache(lambda: dump_json(make_openapi(port.version)))
+
+    # -- the data plane
+
+    def _ask(self, build: Callable[[], _T]) -> _T | None:
+        """What the loop makes of `build`; None when it does not answer in time."""
+        try:
+            return self.port.ask(build, _ASK_S)
+        except TimeoutError:
+            return None
+
+    def _build_minimal(self) -> Minimal:
+        sources = self.port.sources
+        pool = sources.pool if self.port.settings.general.use_middle_proxy else None
+        found = self._ask(lambda: (pool() if pool else None, sources.path() if sources.path else []))
+        return Minimal(found[0] if found else None, found[1] if found else None, int(time.time()))
+
+    def _minimal_now(self) -> Minimal:
+        return self._minimal.get()[0]
+
+    def _upstream_rows(self) -> list[JsonObject] | None:
+        rows = self.port.sources.upstreams
+        return self._ask(rows) if rows else None
+
+    def _uptime_s(self) -> float:
+        return time.monotonic() - self.port.started_at
+
+    @property
+    def _minimal_off(self) -> bool:
+        return not self.api.minimal_runtime_enabled
+
+    # -- plain integers
+
+    def get_health(self) -> str:
+        return dump_json({"status": "ok", "read_only": self.api.read_only})
+
+    def get_summary(self) -> str:
+        counters = self.port.counters
+        return dump_json(view_head(counters, self._uptime_s(), len(self.port.settings.access.users)) | view_refusals(counters))
+
+    def get_zero_all(self) -> str:
+        settings = self.port.settings
+        return dump_json(view_zero_all(self.port.counters, settings.general.telemetry, self._uptime_s(), len(settings.access.users),
+                                       int(time.time())))
+
+    def get_system_info(self) -> str:
+        sources, uptime = self.port.sources, os.uname()
+        found = {"version": self.port.version, "target_arch": uptime.machine, "target_os": "linux", "build_profile": "release",
+                 "process_started_at_epoch_secs": int(self.port.started_wall), "uptime_seconds": self._uptime_s(),
+                 "config_path": self.port.config_path, "config_hash": self._revision(), "config_reload_count": sources.reloads}
+        if sources.reloaded_wall:
+            found["last_config_reload_epoch_secs"] = int(sources.reloaded_wall)
+        return dump_json(found)
+
+    def get_limits(self) -> str:
+        return dump_json(view_limits(self.port.settings))
+
+    def get_posture(self) -> str:
+        return dump_json(view_posture(self.port.settings, self.api))
+
+    def get_whitelist(self) -> str:
+        return dump_json(view_whitelist(self.api, int(time.time())))
+
+    def get_openapi(self) -> str:
+        return self._openapi()
+
+    # -- users
+
+    def get_users(self) -> str:
+        settings, users, rows = self.port.settings, self.port.users, []
+        counted, now = settings.general.telemetry.user_enabled, time.monotonic()
+        frames = self._frames_of(settings)
+        for number, name in enumerate(sorted(settings.access.users)):
+            rows.append(render_user(self._frame(frames, name, settings), users.get(name), counted, now))
+            breathe(number)
+        return f"[{','.join(rows)}]"
+
+    def get_user(self, name: str) -> str:
+        settings = self.port.settings
+        if name not in settings.access.users:
+            raise not_found("User not found")
+        frame = self._frame(self._frames_of(settings), name, settings)
+        return render_user(frame, self.port.users.get(name), settings.general.telemetry.user_enabled, time.monotonic())
+
+    def _frames_of(self, settings: Settings) -> dict[str, UserFrame]:
+        """Where the frames of this configuration are kept, for some seconds: an address that is detected later changes the links."""
+        known, until, frames = self._frames
+        if known is not settings or time.monotonic() > until:
+            frames = {}
+            self._frames = (settings, time.monotonic() + _FRAMES_S, frames)
+        return frames
+
+    def _frame(self, frames: dict[str, UserFrame], name: str, settings: Settings) -> UserFrame:
+        frame = frames.get(name)
+        if frame is None:
+            links = view_links(self.port.links(name), settings.censorship.tls_domain)
+            frame = frames[name] = frame_user(name, settings.access, links)
+        return frame
+
+    def get_qr(self, name: str, kind: str, index: int) -> str:
+        """QR matrix of a link (9.9)."""
+        settings = self.port.settings
+        if name not in settings.access.users:
+            raise not_found("User not found")
+        found = view_links(self.port.links(name), settings.censorship.tls_domain)[kind]
+        if index >= len(found):
+            raise not_found("Link not found")
+        link = found[index]["link"] if kind == "tls_domains" else found[index]
+        try:
+            code = make_qr(link)
+        except ValueError:                     # too long for any symbol
+            raise not_found("Link not found") from None
+        return dump_json({"kind": kind, "index": index, "link": link, "version": code.version, "rows": code.rows})
+
+    def get_active_ips(self) -> str:
+        return dump_json(view_active_ips(self.port.users.values()))
+
+    def get_quotas(self) -> str:
+        return dump_json(view_quotas(self.port.settings.access, self.port.users))
+
+    # -- snapshots
+
+    def get_upstreams(self) -> str:
+        rows = None if self._minimal_off else self._upstream_rows()
+        reason = FEATURE_DISABLED if self._minimal_off else SOURCE_UNAVAILABLE if rows is None else ""
+        return dump_json(view_upstreams(self.port.counters, rows, reason, int(time.time())))
+
+    def get_minimal_all(self) -> str:
+        if self._minimal_off:
+            return dump_json(view_gated(None, FEATURE_DISABLED, int(time.time())))
+        found = self._minimal_now()
+        return dump_json(view_minimal_all(found.pool, found.path or [], self.port.settings.general, found.now_s))
+
+    def get_me_writers(self) -> str:
+        return self._pool_view(view_me_writers)
+
+    def get_dcs(self) -> str:
+        return self._pool_view(view_dcs)
+
+    def _pool_view(self, view: Callable[[PoolSnapshot | None, str, int], JsonObject]) -> str:
+        if self._minimal_off:
+            return dump_json(view(None, FEATURE_DISABLED, int(time.time())))
+        found = self._minimal_now()
+        return dump_json(view(found.pool, SOURCE_UNAVAILABLE, found.now_s))
+
+    def get_pool_state(self) -> str:
+        return self._pool_block(lambda pool: view_pool_state(pool, self.port.settings.general))
+
+    def get_me_quality(self) -> str:
+        return self._pool_block(lambda pool: view_me_quality(pool, self.port.counters.me))
+
+    def _pool_block(self, view: Callable[[PoolSnapshot], JsonObject]) -> str:
+        if self._minimal_off:
+            return dump_json(view_gated(None, FEATURE_DISABLED, int(time.time())))
+        found = self._minimal_now()
+        return dump_json(view_gated(view(found.pool) if found.pool else None, SOURCE_UNAVAILABLE, found.now_s))
+
+    def get_upstream_quality(self) -> str:
+        rows = None if self._minimal_off else self._upstream_rows()
+        reason = FEATURE_DISABLED if self._minimal_off else SOURCE_UNAVAILABLE if rows is None else ""
+        return dump_json(view_upstream_quality(self.port.counters, self.port.settings.general, rows, reason, int(time.time())))
+
+    def get_nat_stun(self) -> str:
+        nat = self.port.sources.nat if self.port.settings.general.use_middle_proxy else None
+        data = self._ask(nat) if nat and not self._minimal_off else None
+        return dump_json(view_gated(data, FEATURE_DISABLED if self._minimal_off else SOURCE_UNAVAILABLE, int(time.time())))
+
+    def get_selftest(self) -> str:
+        return dump_json(view_gated(None, SOURCE_UNAVAILABLE, int(time.time())))
+
+    def get_gates(self) -> str:
+        sources, general = self.port.sources, self.port.settings.general
+        route = self._ask(sources.route) if general.use_middle_proxy and sources.route else None
+        return dump_json(view_gates(general, route, sources.stage, sources.accepting,
+                                    self.port.counters.me.totals["fallback_sessions_total"]))
+
+    def is_ready(self) -> tuple[bool, str]:
+        """Fit for clients, and health/ready."""
+        rows = self._upstream_rows() or []
+        found = view_ready(self.port.sources.accepting, sum(row["healthy"] for row in rows), len(rows))
+        return found["ready"], dump_json(found)
+
+    # -- the edge of the runtime
+
+    def _build_load(self) -> JsonObject | None:
+        settings = self.port.settings
+        middle = 0
+        if settings.general.use_middle_proxy and self.port.sources.pool:
+            pool = self._ask(self.port.sources.pool)
+            if pool is None:
+                return None
+            middle = sum(writer.bound_clients for writer in pool.writers)
+        counted, users = settings.general.telemetry.user_enabled, []
+        for number, user in enumerate(list(self.port.users.values())):
+            octets = user.stats.octets_from_client + user.stats.octets_to_client
+            if octets or user.stats.current:
+                users.append(UserLoad(user.name, user.stats.current if counted else 0, octets))
+            breathe(number)
+        return view_connections(users, middle, self.api.runtime_edge_top_n, counted, self.api.runtime_edge_cache_ttl_ms)
+
+    def get_connections(self) -> str:
+        now_s = int(time.time())
+        if not self.api.runtime_edge_enabled:
+            return dump_json(view_gated(None, FEATURE_DISABLED, now_s))
+        data, cached = self._load.get()
+        if data is not None:
+            data = data | {"cache": data["cache"] | {"served_from_cache": cached}}
+        return dump_json(view_gated(data, SOURCE_UNAVAILABLE, now_s, enabled=True))
+
+    def get_events(self, limit: int) -> str:
+        data = self.events.view(limit) if self.api.runtime_edge_enabled else None
+        return dump_json(view_gated(data, FEATURE_DISABLED, int(time.time())))
+
+
+def page_answer(head: Head) -> Answer | None:
+    """The status page, where a request asks for it; None for any other path."""
+    return None
+
+
+class ControlApi:
+    """The site of [server.api]: gates, routing, mutations."""
+
+    def __init__(self, port: ControlPort, store: Store) -> None:
+        self._port, self._store = port, store
+        self._api = port.settings.server.api
+        self._guard = Guard(self._api)
+        self.desk = Desk(port, store.revision)
+        self._numbers = itertools.count(1)
+
+    def admits(self, peer: str) -> bool:
+        """Everybody gets an answer; gate 2 says which."""
+        return True
+
+    def answer(self, request: Request) -> Answer:
+        """Answer one request; never raises."""
+        number = next(self._numbers)
+        try:
+            return self._answer(request)
+        except ApiError as error:
+            return self._refusal(error, number)
+        except Exception:
+            self._port.log.error("internal error in %s %s\n%s", request.head.method, ascii(request.head.target)[1:200],
+                                 traceback.format_exc())
+            return self._refusal(internal_error(), number)
+
+    def refuse(self, error: ApiError, peer: str) -> Answer:
+        """Answer bytes that are no request (gate 0)."""
+        return self._refusal(error, next(self._numbers))
+
+    def _refusal(self, error: ApiError, number: int) -> Answer:
+        fields = (*_FIELDS, _ALLOW) if error.status == 405 else _FIELDS
+        source = error.message == "Source IP is not allowed"             # a stranger does not keep a place
+        return Answer(error.status, JSON_TYPE, [error_body(error, number)], fields, close=source or error.status == 408)
+
+    def _answer(self, request: Request) -> Answer:
+        head = request.head
+        self._guard.check_peer(request.peer)
+        page = page_answer(head) if self._api.ui and head.method in ("GET", "HEAD") else None
+        if page is not None:                   # it has to be able to ask for the key, so it is shown without (api.md 4)
+            self._guard.check_host(head)
+            return page
+        self._guard.check_key(head)
+        self._guard.check_host(head)
+        self._guard.check_site(head)
+        route, name = find_route(head.method, path_of(head.target))
+        if route.action:
+            return self._change(route, name, request)
+        if not route.data:
+            return Answer(200, JSON_TYPE, [self.desk.get_openapi().encode()], _FIELDS)
+        revision = self._store.revision()
+        status = 200
+        if route.name == "get_ready":
+            ready, data = self.desk.is_ready()
+            status = 200 if ready else 503
+        elif route.name == "get_user":
+            data = self.desk.get_user(name)
+        elif route.name == "get_qr":
+            data = self.desk.get_qr(name, *wanted_link(head.target))
+        elif route.name == "get_events":
+            data = self.desk.get_events(events_limit(head.target))
+        else:
+            data = getattr(self.desk, route.name)()
+        return Answer(status, JSON_TYPE, [success_body(data, revision)], _FIELDS)
+
+    def _change(self, route: Route, name: str, request: Request) -> Answer:
+        """Gates 6 to 14, then the view of what is live now."""
+        if self._api.read_only:
+            raise ApiError(403, "read_only", "API runs in read-only mode")
+        wanted = wanted_revision(request.head.values("if-match"))
+        body = request.body(self._api.request_body_limit_bytes) if route.body else b""
+        kind = f"api.user.{route.action}"
+        try:
+            outcome = self._store.apply(parse_command(route.action, name, body), wanted)
+        except ApiError as error:
+            self._note(f"{kind}.failed", f"username={name} code={error.code}" if name else f"code={error.code}")
+            raise
+        self._note(f"{kind}.ok", f"username={outcome.username}")
+        return Answer(route.status, JSON_TYPE, [success_body(self._changed(route, outcome), outcome.revision)], _FIELDS)
+
+    def _changed(self, route: Route, outcome: Outcome) -> str:
+        """`data` after a mutation."""
+        name = outcome.username
+        if route.action == "delete":
+            return dump_json(name)
+        if route.action == "reset_quota":
+            return dump_json({"username": name, "used_bytes": 0, "last_reset_epoch_secs": outcome.reset_wall})
+        try:
+            found = self.desk.get_user(name)
+        except ApiError:
+            raise internal_error("failed to build updated user view") from None
+        return f'{{"user":{found},"secret":{dump_json(outcome.secret)}}}' if route.data == "CreateUserResponse" else found
+
+    def _note(self, kind: str, context: str) -> None:
+        if self._api.runtime_edge_enabled:
+            self.desk.events.record(kind, context)
+
+
+class MetricsSite:
+    """The site of /metrics and /beobachten."""
+
+    def __init__(self, port: ControlPort) -> None:
+        self._port = port
+        self._whitelist = Whitelist(port.settings.server.metrics_whitelist)
+        self._warned = False
+
+    def admits(self, peer: str) -> bool:
+        """Others are closed without a byte."""
+        return self._whitelist.admits(peer)
+
+    def refuse(self, error: ApiError, peer: str) -> Answer:
+        """Answer bytes that are no request."""
+        return Answer(error.status, _TEXT, [f"{error.message}\n".encode()], close=True)
+
+    def answer(self, request: Request) -> Answer:
+        """Answer one request; never raises."""
+        path = re.split("[?#]", request.head.target, maxsplit=1)[0]
+        if request.head.method not in ("GET", "HEAD"):
+            return Answer(405, _TEXT, [b"Method Not Allowed\n"], (("Allow", "GET, HEAD"),))
+        try:
+            if path == "/metrics":
+                return Answer(200, METRICS_TYPE, self._metrics())
+            if path == "/beobachten":
+                return self._beobachten()
+        except Exception:
+            self._port.log.error("internal error in %s\n%s", path, traceback.format_exc())
+            return Answer(500, _TEXT, [b"internal error\n"])
+        return Answer(404, _TEXT, [b"Not Found\n"])
+
+    def _metrics(self) -> list[bytes]:
+        settings, users = self._port.settings, self._port.users
+        facts = Facts(self._port.counters, settings.general.telemetry, settings.general.me_floor_mode,
+                      sorted(users.values(), key=lambda user: user.name), settings.access.user_max_unique_ips,
+                      time.monotonic() - self._port.started_at, time.monotonic(), self._port.version)
+        if len(users) > SERIES_USERS_MAX and not self._warned:
+            self._warned = True
+            self._port.log.warn("Metrics show the first %d users by name only", SERIES_USERS_MAX)
+        found = []
+        for piece in render_metrics(facts):
+            found.append(piece.encode("utf-8", "replace"))
+            time.sleep(0)
+        return found
+
+    def _beobachten(self) -> Answer:
+        page = self._port.sources.beobachten
+        if not self._port.settings.general.beobachten:
+            return Answer(200, _TEXT, [b"beobachten disabled\n"])
+        try:
+            return Answer(200, _TEXT, [(self._port.ask(page, _ASK_S) if page else "empty\n").encode("utf-8", "replace")])
+        except TimeoutError:
+            return Answer(503, _TEXT, [b"the data plane is busy\n"])
+
+
+def metrics_addresses(server: ServerSettings) -> list[tuple[str, int]]:
+    """Where the metrics are served: as configured, on loopback if only loopback may read them, else everywhere (metrics.md 1)."""
+    if server.metrics_listen:
+        return [parse_address(server.metrics_listen)]
+    if server.metrics_port is None:
+        return []
+    inside = [network.subnet_of(_LOOPBACK_V4) if isinstance(network, ipaddress.IPv4Network) else network == _LOOPBACK_V6
+              for network in map(_plain_network, server.metrics_whitelist)]
+    if inside and all(inside):
+        return [("127.0.0.1", server.metrics_port), ("::1", server.metrics_port)]
+    return [("0.0.0.0", server.metrics_port)]
+
+
+_LOOPBACK_V4: Final = ipaddress.IPv4Network("127.0.0.0/8")
+_LOOPBACK_V6: Final = ipaddress.IPv6Network("::1/128")
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """(host, port) of IP:PORT, which the settings have checked."""
+    host, _, port = text.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def warn_about(port: ControlPort) -> None:
+    """Start-up warnings of api.md 14.3."""
+    api = port.settings.server.api
+    host, _ = parse_address(api.listen)
+    if not api.whitelist and not ipaddress.ip_address(host).is_loopback:
+        if not api.auth_header:
+            port.log.warn("server.api: whitelist is empty and auth_header is not set: anybody who reaches %s can read and change "
+                          "everything", api.listen)
+        if api.ui:
+            port.log.warn("server.api: whitelist is empty: anybody who reaches %s sees the status page, without data", api.listen)
+    with contextlib.suppress(OSError):
+        if os.stat(port.config_path).st_mode & 0o022:
+            port.log.warn("%s can be changed by group or others: it holds every secret", port.config_path)
+
+
+def start(port: ControlPort) -> Callable[[], None]:
+    """Open what the configuration asks for; returns what closes it again, within a second."""
+    server = port.settings.server
+    sys.setswitchinterval(_SWITCH_S)
+    listeners: list[Listener] = []
+    store: Store | None = None
+    where = parse_address(server.api.listen)
+    if server.api.enabled and where[1]:
+        warn_about(port)
+        store = Store(port)
+        site = ControlApi(port, store)
+        if server.api.runtime_edge_enabled:
+            port.sources.on_event = site.desk.events.record
+        listeners.append(Listener(where, API_PLACES, site, port.log, "Failed to bind API listener"))
+        listeners[0].start(lambda at: port.log.info("API endpoint: http://%s/v1/*", _at(*at)))
+    metrics = MetricsSite(port)
+    for address in metrics_addresses(server):
+        listener = Listener(address, METRICS_PLACES, metrics, port.log, f"Failed to bind metrics on {_at(*address)}")
+        listener.start(lambda at: port.log.info("Metrics endpoint: http://%s/metrics and /beobachten", _at(*at)))
+        listeners.append(listener)
+
+    def stop() -> None:
+        port.sources.on_event = None
+        for listener in listeners:
+            listener.stop()
+        if store is not None:
+            store.close(_STOP_S)
+    return stop

@@ -14,7 +14,7 @@ from tests.cases import load_vector
 
 CONTRACT = load_vector("openapi")
 OWN = make_openapi(telemt.VERSION)
-LATER = {"/", "/ui", "/v1/users/{username}/qr"}          # the page and QR codes are a later release
+LATER = {"/", "/ui"}                                     # the page is no resource of /v1
 
 
 @pytest.mark.parametrize(("method", "target", "name", "user"), [
@@ -24,7 +24,8 @@ LATER = {"/", "/ui", "/v1/users/{username}/qr"}          # the page and QR codes
     ("PATCH", "/v1/users/b%6Fb", "patch_user", "bob"), ("DELETE", "/v1/users/%C3%A4%20b", "delete_user", "ä b"),
     ("POST", "/v1/users/bob/rotate-secret", "rotate_secret", "bob"), ("POST", "/v1/users/bob/enable/", "enable_user", "bob"),
     ("POST", "/v1/users/b+b/disable", "disable_user", "b+b"), ("POST", "/v1/users/./reset-quota", "reset_quota", "."),
-    ("GET", "/v1/users/rotate-secret", "get_user", "rotate-secret"), ("GET", "/v1/runtime/me-quality", "get_me_quality", "")])
+    ("GET", "/v1/users/rotate-secret", "get_user", "rotate-secret"), ("GET", "/v1/runtime/me-quality", "get_me_quality", ""),
+    ("GET", "/v1/users/bob/qr?kind=tls", "get_qr", "bob")])
 def test_found(method: str, target: str, name: str, user: str) -> None:
     route, found = find_route(method, path_of(target))
     assert (route.name, found) == (name, user)
@@ -35,7 +36,7 @@ def test_found(method: str, target: str, name: str, user: str) -> None:
     ("GET", "/v1//health"), ("GET", "/v1/./health"), ("GET", "/v1/%68ealth"), ("POST", "/v1/health"), ("HEAD", "/v1/health"),
     ("DELETE", "/v1/users"), ("OPTIONS", "/v1/users"), ("POST", "/v1/users/bob"), ("GET", "/v1/users/bob/rotate-secret"),
     ("PUT", "/v1/users/bob/enable"), ("POST", "/v1/users/bob/enable/x"), ("POST", "/v1/users/bob/Enable"), ("POST", "/v1/users//enable"),
-    ("GET", "/v1/users//bob"), ("GET", "*"), ("OPTIONS", "*"), ("GET", "v1/health"), ("GET", "/v1/users/bob/qr"),
+    ("GET", "/v1/users//bob"), ("GET", "*"), ("OPTIONS", "*"), ("GET", "v1/health"), ("POST", "/v1/users/bob/qr"),
     ("get", "/v1/health"), ("HEAD", "/v1/openapi.json"), ("POST", "/v1/stats/users/quota")])
 def test_not_found(method: str, target: str) -> None:
     with pytest.raises(ApiError) as caught:
@@ -62,6 +63,25 @@ def test_a_name_that_is_none_is_nobody(segment: str) -> None:
     ("/x?%&limit=2", 2)])
 def test_limit_of_events(target: str, limit: int) -> None:
     assert api.events_limit(target) == limit
+
+
+@pytest.mark.parametrize(("query", "wanted"), [
+    ("", ("tls", 0)), ("?kind=classic&index=7", ("classic", 7)), ("?kind=secure&kind=no", ("secure", 0)), ("?index=0009", ("tls", 9)),
+    ("?%6bind=tls_domains&x=y", ("tls_domains", 0)), ("?index=%31", ("tls", 1))])
+def test_wanted_link(query: str, wanted: tuple[str, int]) -> None:
+    assert api.wanted_link(f"/x{query}") == wanted
+
+
+@pytest.mark.parametrize(("query", "message"), [
+    ("?kind=TLS", "kind must be one of tls, tls_domains, secure, classic"),
+    ("?kind=", "kind must be one of tls, tls_domains, secure, classic"),
+    ("?kind=x&index=x", "kind must be one of tls, tls_domains, secure, classic"), ("?index=", "index must be within [0, 9999]"),
+    ("?index=10000", "index must be within [0, 9999]"), ("?index=-1", "index must be within [0, 9999]"),
+    ("?index=+1", "index must be within [0, 9999]"), ("?index=%D9%A1", "index must be within [0, 9999]")])
+def test_wanted_link_that_is_none(query: str, message: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        api.wanted_link(f"/x{query}")
+    assert (caught.value.status, caught.value.code, caught.value.message) == (400, "bad_request", message)
 
 
 # -- the document ------------------------------------------------------------------------------------------------------------------
@@ -140,7 +160,7 @@ def allowed_difference(key: str, found: tuple[Any, ...] | None, wanted: tuple[An
 
 
 def test_the_contract_names_no_shape_that_we_lack() -> None:
-    theirs = {name for name in CONTRACT["components"]["schemas"] if not name.endswith("Envelope")} - {"QrData"}
+    theirs = {name for name in CONTRACT["components"]["schemas"] if not name.endswith("Envelope")}
     assert theirs - set(api.SHAPES) - {"Revision", "Secret", "AdTag", "Username"} == set()
 
 

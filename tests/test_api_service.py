@@ -277,6 +277,43 @@ def test_users_are_sorted_and_both_lists_are_the_same(desk: Desk) -> None:
         "tg://proxy?server=203.0.113.9&port=443&secret=ee00112233445566778899aabbccddeeff" + b"petrovich.ru".hex()]
 
 
+def test_qr_codes(make: Callable[[str], Desk]) -> None:
+    desk = make('[general.modes]\nclassic = true\n[censorship]\ntls_domain = "a.example"\ntls_domains = ["b.example", "c.example"]\n')
+    links = desk.data("/v1/users/bob")["links"]
+    for query, link in (("", links["tls"][0]), ("?index=2", links["tls"][2]),
+                        ("?kind=tls_domains&index=1", links["tls_domains"][1]["link"]),
+                        ("?kind=classic", links["classic"][0])):
+        status, found = desk.ask(f"GET /v1/users/bob/qr{query}")
+        data = found["data"]
+        assert status == 200 and list(data) == ["kind", "index", "link", "version", "rows"]
+        assert data["link"] == link and data["rows"] == api.make_qr(link).rows and len(data["rows"]) == 17 + 4 * data["version"]
+    assert "c.example" not in links["tls"][2] and b"c.example".hex() in links["tls"][2]
+    for query in ("?index=3", "?kind=secure", "?kind=tls_domains&index=2"):
+        assert desk.code(f"GET /v1/users/bob/qr{query}") == (404, "not_found", "Link not found")
+    assert desk.code("GET /v1/users/nobody/qr") == (404, "not_found", "User not found")
+    assert desk.code("GET /v1/users/nobody/qr?kind=x")[0] == 400
+    assert desk.code("POST /v1/users/bob/qr") == (404, "not_found", "Route not found")
+
+
+def test_a_link_too_long_for_a_symbol(make: Callable[[str], Desk], monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = make("")
+    monkeypatch.setattr(desk.port, "links", lambda name: [Link("EE-TLS", "x" * 2332, "tls", "h", "petrovich.ru")])
+    assert desk.code("GET /v1/users/bob/qr") == (404, "not_found", "Link not found")
+
+
+def test_a_page_is_shown_without_the_key(make: Callable[[str], Desk], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page exception of api.md 4: gates 2 and the host half of 4 hold, gate 3 does not; any other method meets all of them."""
+    keys = '[server.api]\nauth_header = "x"\nallowed_hosts = ["a"]\n'
+    monkeypatch.setattr(api, "page_answer", lambda head: api.Answer(
+        200, "application/json; charset=utf-8", [b"{}"], api._FIELDS) if head.target in ("/", "/ui") else None)
+    desk = make(keys)
+    assert desk.ask("GET /")[0] == desk.ask("HEAD /ui")[0] == 200
+    assert desk.code("GET /", {}, b"", "203.0.113.1")[0] == 403
+    assert desk.code("GET /", {"Host": "b"}) == (403, "forbidden", "Host is not allowed")
+    assert desk.code("POST /") == desk.code("GET /v1/health") == UNAUTHORIZED
+    assert make(keys + "ui = false\n").code("GET /") == UNAUTHORIZED
+
+
 def test_system_info(desk: Desk) -> None:
     found = desk.data("/v1/system/info")
     assert found["version"] == "1.2.3" and found["config_path"] == str(desk.port.path) and found["target_os"] == "linux"

@@ -39,8 +39,9 @@ for name in [name for name in sys.modules if name in gone or name.partition(".")
     del sys.modules[name]
 """
 RUN = LIGHT + """
-import runpy
+import os, runpy
 sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -112,6 +113,14 @@ def test_loads_the_whole_configuration_on_a_small_python(rig: Rig) -> None:
     assert not proxy.log("unknown encoding|idna")
 
 
+@pytest.mark.journey
+def test_a_small_python_has_no_control_plane_and_says_so_once(rig: Rig) -> None:
+    proxy = rig.proxy({"server": {"api": {"enabled": True, "listen": "127.0.0.1:9"}, "metrics_port": 9}}, command=light(RUN, str(PROGRAM)))
+    warning = r"WARN telemt::cli: control plane not started: http(\.server)? is missing \(OpenWrt: python3-email python3-urllib\)$"
+    assert len(proxy.log(warning)) == 1
+    rig.client("bob").req_pq()
+
+
 # -- what an import pulls in -------------------------------------------------------------------------------------------------------
 
 def modules_after(statement: str) -> set[str]:
@@ -133,10 +142,14 @@ def test_import_pulls_nothing_heavy() -> None:
     assert forbidden(modules_after("import telemt") - theirs) == set()
 
 
-def test_import_of_the_control_plane_pulls_nothing_heavy() -> None:
-    """It has its own HTTP, so that the smallest Python can serve it too."""
+CONTROL_PLANE = {"http", "email", "urllib", "html", "_socketserver", "mimetypes"}        # http.server and what it brings
+
+
+def test_import_of_the_control_plane_pulls_http_server_and_no_openssl() -> None:
     theirs = modules_after(f"import {', '.join(sorted(ALLOWED - {'__future__'}))}")
-    assert forbidden(modules_after("import telemt_api") - theirs) == set()
+    found = {name.partition(".")[0] for name in forbidden(modules_after("import telemt_api") - theirs)}
+    assert found and found <= CONTROL_PLANE
+    assert "ssl" not in modules_after("import telemt_api") and "ssl" in modules_after("import ssl, telemt_api")
 
 
 def test_import_does_not_need_a_path_or_a_home() -> None:
@@ -168,7 +181,10 @@ def tree(request: pytest.FixtureRequest) -> ast.Module:
 
 
 def test_imports_at_module_level(tree: ast.Module) -> None:
-    assert not [(name, line) for name, line, top in imports(tree) if top and name.partition(".")[0] not in ALLOWED]
+    """The control plane, which is loaded only where it is wanted, has one module more."""
+    found = {name for name, _, top in imports(tree) if top and name.partition(".")[0] not in ALLOWED}
+    assert found <= {"http.server"}
+    assert not found or "ThreadingHTTPServer" in ast.dump(tree)
 
 
 def test_imports_inside_functions(tree: ast.Module) -> None:

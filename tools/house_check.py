@@ -92,6 +92,7 @@ POLICIES: dict[str, Policy] = {
         },
     ),
     "telemt_api.py": Policy(
+        heavy=HEAVY - {"http"},                  # imported only where the control plane is wanted
         lazy=HEAVY | {"tomli_w"},
         print_room="top",
         fd_room="http",
