@@ -33,7 +33,7 @@ import sys
 class Gone:
     def find_spec(self, name, path=None, target=None):
         if name in gone or name.partition(".")[0] in gone:
-            raise ImportError(f"{name} is not in python3-light")
+            raise ImportError(f"{name} is not in python3-light", name=name)
 sys.meta_path.insert(0, Gone())
 for name in [name for name in sys.modules if name in gone or name.partition(".")[0] in gone]:
     del sys.modules[name]
