@@ -6631,10 +6631,9 @@ class FirstPlanner:
     def on_dial_failed(self, now: float, link_id: int) -> None:
         """Wait a little, and longer each time."""
         dc, _ = self.links.pop(link_id)
-        pace = Pace.of_health(self.general)
-        wait_s = self._pause.get(dc, pace.wait_s)
+        wait_s = self._pause.get(dc, self.general.me_reconnect_backoff_base_ms / 1000)
         self._due[dc] = now + wait_s * (1 + self.draw() / 2)
-        self._pause[dc] = min(2 * wait_s, pace.cap_s)
+        self._pause[dc] = min(2 * wait_s, self.general.me_reconnect_backoff_cap_ms / 1000)
 
     def on_link_lost(self, now: float, link_id: int, why: Lost) -> None:
         """Dial again; at once, unless it comes and goes."""
