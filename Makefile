@@ -22,7 +22,7 @@ SHELL   := /bin/sh
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run venv deps-test test check lint types house fuzz laws bench bench-check test-all clean
+.PHONY: help run venv deps-test test check lint types house fuzz laws soak bench bench-check test-all clean
 
 help: ## list the targets
 	@while IFS= read -r line; do \
@@ -74,6 +74,9 @@ bench-check: $(STAMP) ## exit 1 where a ratio is worse than the committed table 
 
 laws: $(STAMP) ## property tests with the big hypothesis profile
 	HYPOTHESIS_PROFILE=big "$(PY)" -m pytest -n $(JOBS) tests/laws $(ARGS)
+
+soak: $(STAMP) ## the long forms: 300 kills of the program and 3,000 of the store in the middle of changes
+	TELEMT_KILLS=300 TELEMT_STORE_KILLS=3000 "$(PY)" -m pytest tests/journeys/test_changes.py -k kill -o faulthandler_timeout=0 $(ARGS)
 
 test-all: ## the tests on every CPython 3.11-3.14 found (PATH, pyenv, uv), each in build/venv-VERSION
 	@mkdir -p build; $(FIND) all > build/pythons.txt; cat build/pythons.txt; failed=; \

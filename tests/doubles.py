@@ -16,6 +16,8 @@ import dataclasses
 import functools
 import hashlib
 import hmac
+import http.client
+import json
 import os
 import queue
 import random
@@ -837,6 +839,35 @@ def run_program(*args: str, cwd: Path, timeout: float = 10.0, env: dict[str, str
     """telemt.py up to its end."""
     return subprocess.run([sys.executable, "-B", str(PROGRAM), *args], cwd=cwd, env=clean_env(env), timeout=timeout, check=False,
                           capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+class ApiClient:
+    """A script that uses the Control API: one connection per request."""
+
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+        self.port, self.host = port, host
+
+    def ask(self, method: str, path: str, body: Any = None, revision: str = "", timeout: float = 20.0) -> tuple[int, dict[str, Any]]:
+        """(status, envelope)."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body), {"If-Match": revision} if revision else {})
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+        finally:
+            connection.close()
+
+    def data(self, path: str) -> Any:
+        """`data` of a successful GET."""
+        status, found = self.ask("GET", path)
+        assert status == 200 and found["ok"], found
+        return found["data"]
+
+    def change(self, method: str, path: str, body: Any = None, revision: str = "") -> str:
+        """A mutation that has to succeed; the new revision."""
+        status, found = self.ask(method, path, body, revision)
+        assert status in (200, 201) and found["ok"], (status, found)
+        return str(found["revision"])
 
 
 # -- everything for one journey ----------------------------------------------------------------------------------------------------
