@@ -10,7 +10,6 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -242,22 +241,6 @@ def test_clients_connect_while_the_profile_changes(rig: Rig) -> None:
             time.sleep(0.05)
         after = {shape[1] for shape in shapes(rig, (MLKEM, X25519), 3)}
     assert {group for group, _ in before} == {X25519} and len(before) == 1 and after == {MLKEM}
-
-
-@NGINX
-def test_an_idle_proxy_sleeps(rig: Rig) -> None:
-    """After the fetch the main thread is not woken any more."""
-    def wakings(proxy: Proxy) -> int:
-        status = Path(f"/proc/{proxy.pid}/task/{proxy.pid}/status").read_text()
-        return int(status.partition("voluntary_ctxt_switches:")[2].split()[0])
-
-    with nginx(rig, "ec", 0) as host:
-        proxy = rig.proxy(fronted(host.port))
-        profile(proxy)
-        time.sleep(5.5)                          # the look at what is still missing, 5 s after the start
-        before = wakings(proxy)
-        time.sleep(2.0)
-        assert wakings(proxy) == before
 
 
 def test_no_probe_without_tls_or_without_emulation(rig: Rig) -> None:
