@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import stat
 import threading
@@ -241,6 +242,24 @@ def test_clients_connect_while_the_profile_changes(rig: Rig) -> None:
             time.sleep(0.05)
         after = {shape[1] for shape in shapes(rig, (MLKEM, X25519), 3)}
     assert {group for group, _ in before} == {X25519} and len(before) == 1 and after == {MLKEM}
+
+
+@OPENSSL
+def test_a_reload_measures_a_new_mask_host_at_once(rig: Rig) -> None:
+    first, second = (sites.make_certificate(rig.folder / str(number), "rsa2048", number) for number in (0, 3))
+    with sites.openssl_host(first, b"X25519") as old, sites.openssl_host(second) as new:
+        proxy = rig.proxy(fronted(old.port))
+        before = profile(proxy)["profile"]
+        text = proxy.config.read_text()
+        proxy.config.write_text(text.replace(f"mask_port = {old.port}", f"mask_port = {new.port}"))
+        proxy.process.send_signal(signal.SIGHUP)
+        proxy.wait_log(UPDATED, count=2, timeout=20)
+        end = time.monotonic() + 10
+        while profile(proxy)["profile"] == before and time.monotonic() < end:
+            time.sleep(0.02)
+        after = profile(proxy)["profile"]
+        assert (before["group"], after["group"]) == (X25519, MLKEM) and min(after["flights"]) > max(before["flights"])
+        assert {shape[2] for shape in shapes(rig, (MLKEM, X25519), 3)} <= set(after["flights"])
 
 
 def test_no_probe_without_tls_or_without_emulation(rig: Rig) -> None:
