@@ -884,3 +884,53 @@ def test_a_flood_behind_a_balancer_is_counted_by_client(make_core):
     for sock in clients:
         sock.close()
     core.loop.settle()
+
+
+# -- vectors/faketls.json from the first byte to the answer, or to the mask host
+
+FAKETLS = load_vector("faketls")
+TWO_USERS = "[access.users]\n" + "".join(f'{name} = "{secret}"\n' for name, secret in FAKETLS["header"]["users"].items())
+
+
+def checked_flight(case, flight, secret):
+    """Group of the answer, which has to be the three records of client-protocol.md 6.4, signed for this hello."""
+    record = bytes.fromhex(case["record"])
+    first = int.from_bytes(flight[3:5], "big")
+    assert flight[:3] == b"\x16\x03\x03" and flight[5 + first:14 + first] == b"\x14\x03\x03\x00\x01\x01\x17\x03\x03"
+    assert len(flight) == 16 + first + int.from_bytes(flight[14 + first:16 + first], "big")
+    session = record[44:44 + record[43]]
+    assert flight[43:44 + len(session)] == bytes([len(session)]) + session
+    assert telemt.KeyedHmac(bytes.fromhex(secret)).digest(record[11:43], flight[:11], bytes(32), flight[43:]) == flight[11:43]
+    return {90: 29, 1178: 4588}[first - len(session)]
+
+
+@pytest.mark.parametrize("case", FAKETLS["cases"], ids=lambda case: case["name"])
+@pytest.mark.parametrize("preferred", [29, 4588])
+def test_first_packet_of_the_vector(make_core, site, monkeypatch, case, preferred):
+    core = masked_core(make_core, site, more=(
+        f"[general.modes]\ntls = true\n[access]\nignore_time_skew = {str(case['ignore_time_skew']).lower()}\n{TWO_USERS}"))
+    monkeypatch.setattr(telemt.time, "time", lambda: float(case["now"]))
+    front = core.fronts._primary
+    front.profile = front.profile._replace(group=preferred)
+    record = bytes.fromhex(case["record"])
+    answered = case.get("answer_group", {"29": 29, "4588": 29})[str(preferred)]
+    expect = ["ok" if case["expect"] == "mask" and "answer_group" in case and answered else case["expect"]]
+    expect += [case["repeat_expect"]] if "repeat_expect" in case else []
+    for verdict in expect:
+        client = core.connect()
+        client.sendall(record)
+        core.loop.settle()
+        data, closed = read_all(client)
+        if verdict == "ok":
+            assert checked_flight(case, data, FAKETLS["header"]["users"][case.get("user", "alice")]) == answered and not closed
+        elif verdict == "need_more":
+            assert (data, closed) == (b"", False) and [owner.state for owner in core.owners] == [
+                telemt.S.HELLO if len(record) >= 5 else telemt.S.SNIFF]
+        else:                                  # mask; `not_tls` too, since no plain mode is on
+            host, _ = site.accept()
+            host.setblocking(False)
+            core.loop.settle()
+            assert read_all(host) == (record, False) and (data, closed) == (b"", False)
+            host.close()
+        client.close()
+        core.loop.settle()
