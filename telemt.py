@@ -8355,7 +8355,7 @@ class Datagrams:
         self._loop, self._sock, self._on_datagram = loop, sock, on_datagram
         loop.watch(sock.fileno(), READ, self._on_ready)
 
-    def send(self, data: bytes) -> None:
+    def put(self, data: bytes) -> None:
         """Send one datagram, or lose it as the network would.  Raises OSError for what makes waiting pointless."""
         with contextlib.suppress(BlockingIOError):
             self._sock.send(data)
@@ -8439,6 +8439,139 @@ def _plain_addresses(name: str) -> list[str]:
     return found
 
 
+# -- HTTP, blocking: for helper threads.  Neither urllib nor str host names: the smallest routers lack them (platform.md 1)
+
+_URL_PARTS: Final = re.compile(r"(https?)://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?(/[\x21-\x7e]*)?", re.IGNORECASE)
+_ANSWER_HEAD_MAX: Final = 16_384
+_REDIRECTS_MAX: Final = 5
+_REDIRECTS: Final = (301, 302, 303, 307, 308)
+
+
+class Url(NamedTuple):
+    """Where to ask for what."""
+
+    secure: bool
+    host: str                                  # an IPv6 address without brackets
+    port: int
+    path: str
+
+
+class HttpAnswer(NamedTuple):
+    """The answer to a GET; `body` is cut at the limit, names of `headers` are lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+def parse_url(text: str) -> Url:
+    """Return the parts of an http or https URL.  Raises ValueError."""
+    match = _URL_PARTS.fullmatch(text.partition("#")[0])
+    if match is None:
+        raise ValueError(f"not an http(s) URL: {text!a}")
+    secure = match[1].lower() == "https"
+    return Url(secure, match[2].strip("[]"), int(match[3] or (443 if secure else 80)), match[4] or "/")
+
+
+def http_over(sock: socket.socket, url: Url, limit: int, deadline_at: float, agent: str) -> HttpAnswer:
+    """Ask for `url` over a connected socket, with TLS and a verified certificate for https, and close it.
+
+    limit: bytes of the body that are read.  deadline_at: time.monotonic().  Blocks.  Raises OSError, ValueError, ImportError
+    (no ssl module).
+    """
+    with sock:
+        sock.settimeout(_left(deadline_at))
+        if url.secure:
+            import ssl  # megabytes, and not on every router
+            sock = ssl.create_default_context().wrap_socket(sock, server_hostname=url.host.encode("ascii"))
+        with sock:
+            host = format_address(url.host, url.port) if url.port not in (80, 443) else f"[{url.host}]" if ":" in url.host else url.host
+            sock.sendall(f"GET {url.path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: {agent}\r\nAccept: */*\r\n"
+                         "Connection: close\r\n\r\n".encode("ascii"))
+            data = b""
+            while (answer := parse_http(data, limit, False)) is None:
+                sock.settimeout(_left(deadline_at))
+                piece = sock.recv(65_536)
+                if not piece:
+                    answer = parse_http(data, limit, True)
+                    assert answer is not None
+                    break
+                data += piece
+    return answer
+
+
+def _left(deadline_at: float) -> float:
+    left = deadline_at - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    return left
+
+
+def parse_http(data: bytes, limit: int, ended: bool) -> HttpAnswer | None:
+    """Return the answer in `data`, or None while more has to come; `ended`: the peer has closed.  Raises ValueError."""
+    head, gap, rest = data.partition(b"\r\n\r\n")
+    if not gap:
+        if ended or len(data) > _ANSWER_HEAD_MAX:
+            raise ValueError("not an HTTP answer")
+        return None
+    first, *lines = head.decode("latin-1").split("\r\n")
+    words = first.split(" ", 2)
+    if not words[0].startswith("HTTP/1.") or len(words) < 2 or not re.fullmatch("[1-5][0-9][0-9]", words[1]):
+        raise ValueError("not an HTTP answer")
+    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if headers.get("transfer-encoding", "").lower() == "chunked":
+        body, whole = _unchunk(rest, limit)
+    else:
+        size = headers.get("content-length", "")
+        body, whole = rest, len(rest) >= (int(size) if size.isascii() and size.isdigit() and len(size) < 10 else limit)
+        if ended and size and not whole and len(rest) < limit:
+            raise ValueError("the HTTP answer is cut short")
+    if not (whole or ended or len(body) >= limit):
+        return None
+    return HttpAnswer(int(words[1]), headers, body[:limit])
+
+
+def _unchunk(rest: bytes, limit: int) -> tuple[bytes, bool]:
+    """(body as far as it came, True if that is all)."""
+    body = b""
+    while len(body) < limit:
+        line, gap, rest = rest.partition(b"\r\n")
+        if not gap:
+            return body, False
+        size = int(line.partition(b";")[0], 16)
+        if not 0 < size < 1 << 32:
+            return body, True
+        body += rest[:size]
+        if len(rest) < size + 2:
+            return body, False
+        rest = rest[size + 2:]
+    return body, True
+
+
+def fetch_url(text: str, limit: int, timeout_s: float, agent: str = "telemt") -> HttpAnswer:
+    """Ask for an URL over IPv4, directly, within `timeout_s`; redirects are followed.  Blocks.  Raises as http_over()."""
+    deadline_at = time.monotonic() + timeout_s
+    url = parse_url(text)
+    for _ in range(_REDIRECTS_MAX):
+        ip = socket.getaddrinfo(url.host.encode("ascii"), url.port, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(_left(deadline_at))
+            sock.connect((ip, url.port))
+        except OSError:
+            sock.close()
+            raise
+        answer = http_over(sock, url, limit, deadline_at, agent)
+        if answer.status not in _REDIRECTS:
+            return answer
+        where = answer.headers.get("location", "")
+        if where.startswith("/") and not where.startswith("//"):
+            scheme = "https" if url.secure else "http"
+            where = f"{scheme}://{format_address(url.host, url.port)}{where}"
+        url = parse_url(where)
+    raise ValueError("too many redirects")
+
+
 log_streams: Final = Log("streams")
 
 
@@ -8448,6 +8581,7 @@ log_streams: Final = Log("streams")
 # 10000+n are test centres.  An unknown one goes to the default cluster, but the
 # preamble always carries what the client asked for.
 #
+#   NetworkView  our own addresses, and what the world sees of them
 #   Upstreams    all ways out; connect_dc() and connect() start a Cycle
 #   Cycle        one request for a connection: several Passages, each on a Route
 #                not tried yet while a healthy one is left
@@ -8477,6 +8611,17 @@ _CDN_V6: Final = "[2a0a:f280:203:a:5000::100]:443"
 _UNKNOWN_DCS_MAX: Final = 1024                 # indices remembered and logged per process (upstream-and-relay.md D18)
 _EMA_NEW: Final = 0.3                          # weight of a new latency sample
 _INTERFACE_KEPT_S: Final = 10.0                # addresses of an interface are looked up this often at most
+_STUN_LIMIT_S: Final = 5.0                     # one server, one family
+_STUN_AGAIN_S: Final = 4.0                     # when it is asked a second time: 3 s of patience, 1 s of pause
+_STUN_TCP_LIMIT_S: Final = 3.0                 # to connect, and again to answer
+_STUN_TCP_SERVERS: Final = 3
+_STUN_LOOKUPS: Final = 2                       # names at a time: half of the helper threads stay free for others
+_STUN_FRESH_S: Final = 600.0                   # how long an answer is good
+_STUN_RETRY_S: Final = 60.0                    # pause after a round that found nothing; doubles up to an hour
+_WISHES_MAX: Final = 16                        # source addresses we keep an eye on
+_SITE_LIMIT_S: Final = 3.0
+_SITE_BODY_MAX: Final = 256
+_READERS_WAIT_S: Final = 5.0                   # links are printed after so long at the latest (config.md 8 item 14)
 _SILENT_PART: Final = 4                        # an attempt that took a quarter of its time is silent
 CHECK_EVERY_S: Final = 30.0                   # pause between two checks of a route
 _CHECK_S: Final = 10.0                         # one attempt of a check
@@ -8529,6 +8674,477 @@ def parse_host_port(text: str) -> tuple[str, int]:
     if not host or ":" in host or not (digits.isascii() and digits.isdigit()) or int(digits[:6]) > 0xFFFF:
         raise ValueError(f"not a HOST:PORT: {text!r}")
     return host, int(digits)
+
+
+class Gate:
+    """Lets at most `limit` jobs run at a time; the others wait in line."""
+
+    def __init__(self, limit: int) -> None:
+        self._free = limit
+        self._line: collections.deque[Callable[[], None]] = collections.deque()
+
+    def enter(self, job: Callable[[], None]) -> None:
+        """Start `job`, now or when a place is free; whatever it began calls leave() once."""
+        if self._free:
+            self._free -= 1
+            job()
+        else:
+            self._line.append(job)
+
+    def leave(self) -> None:
+        """A job is over."""
+        if self._line:
+            self._line.popleft()()
+        else:
+            self._free += 1
+
+
+# -- which addresses we have, and which the world sees (3, 4, 5, D11, D13-D15)
+
+Wish: TypeAlias = "tuple[int, str]"            # IP version, source address; empty = the system's choice
+
+
+class StunQuestion:
+    """One STUN server is asked one wish.  done(question, our address or None) is called once, unless abort() came first."""
+
+    __slots__ = ("place", "wish", "_id", "_done", "_timers")
+
+    def __init__(self, loop: Loop, place: int, wish: Wish, done: Callable[[StunQuestion, Target | None], None], limit_s: float) -> None:
+        self.place, self.wish = place, wish    # place: of the server in the list
+        self._id = os.urandom(STUN_ID_SIZE)
+        self._done: Callable[[StunQuestion, Target | None], None] | None = done
+        self._timers = [loop.call_later(limit_s, self.give_up)]
+
+    def give_up(self) -> None:
+        """End without an answer."""
+        self._end(None)
+
+    def abort(self) -> None:
+        """Nobody wants to know any more."""
+        self._done = None
+        for timer in self._timers:
+            timer.cancel()
+
+    def _end(self, found: Target | None) -> None:
+        done = self._done
+        self.abort()
+        if done is not None:
+            done(self, found)
+
+
+class StunByUdp(StunQuestion):
+    """Asks again when nothing came.  What is no answer to our question is as if it had never come (D13)."""
+
+    __slots__ = ("_socket",)
+
+    def __init__(self, loop: Loop, server: Target, place: int, wish: Wish, done: Callable[[StunQuestion, Target | None], None]) -> None:
+        super().__init__(loop, place, wish, done, _STUN_LIMIT_S)
+        self._timers += [loop.call_later(0.0, self._ask), loop.call_later(_STUN_AGAIN_S, self._ask)]
+        self._socket: Datagrams | None = None
+        with contextlib.suppress(OSError):
+            self._socket = Datagrams(loop, server, wish[1], self._on_datagram)
+
+    def abort(self) -> None:
+        """Nobody wants to know any more."""
+        super().abort()
+        if self._socket is not None:
+            self._socket.close()
+
+    def _ask(self) -> None:
+        try:
+            if self._socket is None:           # no route, or not our address
+                raise OSError
+            self._socket.put(build_stun_request(self._id))
+        except OSError:
+            self.give_up()
+
+    def _on_datagram(self, data: bytes | OSError) -> None:
+        if isinstance(data, OSError):          # nobody listens there
+            self.give_up()
+        elif self._done is not None and (found := parse_stun_response(data, self._id, self.wish[0])):
+            self._end(found)
+
+
+class StunByTcp(StunQuestion):
+    """The same over TCP, where UDP gets through to nobody (D14)."""
+
+    __slots__ = ("_dial", "_stream", "_got")
+
+    def __init__(self, loop: Loop, server: Target, place: int, wish: Wish, done: Callable[[StunQuestion, Target | None], None]) -> None:
+        super().__init__(loop, place, wish, done, _STUN_TCP_LIMIT_S)
+        self._got = b""
+        self._stream: Stream | None = None
+        self._dial = Dial(loop, *server, None, self._on_dialled, wish[1])
+
+    def abort(self) -> None:
+        """Nobody wants to know any more."""
+        super().abort()
+        self._dial.abort()
+        if self._stream is not None:
+            self._stream.close()
+
+    def _on_dialled(self, result: Stream | RouteError) -> None:
+        if isinstance(result, RouteError):
+            self.give_up()
+            return
+        self._stream = result
+        self._timers.append(result.loop.call_later(_STUN_TCP_LIMIT_S, self.give_up))
+        self._timers.pop(0).cancel()
+        try:
+            result.write(build_stun_request(self._id))
+        except OSError:
+            self.give_up()
+        else:
+            result.watch(READ, self._on_readable)
+
+    def _on_readable(self, _mask: int) -> None:
+        if self._stream is None or self._done is None:
+            return
+        try:
+            data = self._stream.read(STUN_TCP_MAX)
+        except OSError:
+            data = b""
+        if data is None:
+            return
+        self._got += data
+        size = stun_size(self._got)
+        if not data or size > STUN_TCP_MAX:
+            self.give_up()
+        elif len(self._got) >= size:
+            self._end(parse_stun_response(self._got[:size], self._id, self.wish[0]))
+
+
+class Votes:
+    """What STUN servers say about one wish: the address that most of them see wins (4.2, D13)."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, Target] = {}     # place of the server in the list -> what it said
+
+    def add(self, place: int, found: Target) -> None:
+        """A server answered."""
+        self._seen[place] = found
+
+    def winner(self) -> Target | None:
+        """The address with most votes, at a draw that of the first server; one is enough unless another server disagrees."""
+        said = [self._seen[place] for place in sorted(self._seen)]
+        ips = [ip for ip, _ in said]
+        best = max(dict.fromkeys(ips), key=ips.count, default="")
+        if len(set(ips)) > 1 and ips.count(best) < 2:
+            return None
+        return next((found for found in said if found[0] == best), None)
+
+    def silent(self) -> bool:
+        """True while nobody has answered."""
+        return not self._seen
+
+    def decided(self, servers: int) -> bool:
+        """True when the servers that are still to answer cannot change the winner."""
+        ips = [ip for ip, _ in self._seen.values()]
+        return any(ips.count(ip) * 2 > servers for ip in set(ips))
+
+
+class StunRound:
+    """All servers are asked all wishes, some servers at a time; done({wish: address}, servers that answered), never at once."""
+
+    def __init__(self, loop: Loop, names: Resolver, settings: Settings, wishes: Sequence[Wish],
+                 done: Callable[[dict[Wish, Target], list[str]], None]) -> None:
+        self._loop, self._names, self._done = loop, names, done
+        self._servers, self._tcp_next = settings.network.stun_servers, settings.network.stun_tcp_fallback
+        self._gate, self._name_gate = Gate(settings.general.stun_nat_probe_concurrency), Gate(_STUN_LOOKUPS)
+        self._votes = {wish: Votes() for wish in wishes}
+        self._ask: type[StunByUdp] | type[StunByTcp] = StunByUdp
+        self._asked = len(self._servers)       # servers in this pass
+        self._left = self._asked               # of them, those that are not done
+        self._open: dict[int, set[StunQuestion]] = {}        # per server
+        self._live: set[int] = set()
+        loop.defer(self._begin)
+
+    def _begin(self) -> None:
+        for place in range(self._left):
+            self._gate.enter(functools.partial(self._name_gate.enter, functools.partial(self._find, place)))
+
+    def _wanted(self) -> list[Wish]:
+        return [wish for wish, votes in self._votes.items()
+                if not votes.decided(self._asked) and (self._ask is StunByUdp or votes.silent())]
+
+    def _find(self, place: int) -> None:
+        """Look the server's name up."""
+        try:
+            host, port = parse_host_port(self._servers[place])
+        except ValueError:
+            self._loop.defer(functools.partial(self._on_found, place, 0, []))
+            return
+        if self._wanted():
+            self._names.lookup(host, port, lambda found: self._loop.defer(functools.partial(self._on_found, place, port, found)))
+        else:
+            self._loop.defer(functools.partial(self._on_found, place, port, []))
+
+    def _on_found(self, place: int, port: int, found: list[str] | Exception) -> None:
+        self._name_gate.leave()
+        questions = self._open[place] = set[StunQuestion]()
+        ips = found if isinstance(found, list) else []
+        for wish in self._wanted():
+            ip = next((ip for ip in ips if (":" in ip) == (wish[0] == 6)), None)
+            if ip is not None:
+                questions.add(self._ask(self._loop, (ip, port), place, wish, self._on_answer))
+        if not questions:
+            self._on_server_done(place)
+
+    def _on_answer(self, question: StunQuestion, found: Target | None) -> None:
+        votes, mates = self._votes[question.wish], self._open[question.place]
+        mates.discard(question)
+        if found is not None:
+            votes.add(question.place, found)
+            self._live.add(question.place)
+        if not mates:
+            self._on_server_done(question.place)
+        if found is not None and votes.decided(self._asked):
+            for other in [other for questions in self._open.values() for other in questions if other.wish == question.wish]:
+                other.give_up()
+
+    def _on_server_done(self, place: int) -> None:
+        del self._open[place]
+        self._left -= 1
+        self._gate.leave()
+        if self._left:
+            return
+        if self._ask is StunByUdp and self._tcp_next and any(votes.silent() for votes in self._votes.values()):
+            self._ask, self._asked = StunByTcp, min(_STUN_TCP_SERVERS, len(self._servers))
+            self._left = self._asked
+            self._loop.defer(self._begin)
+        else:
+            found = {wish: winner for wish, votes in self._votes.items() if (winner := votes.winner()) is not None}
+            self._done(found, [self._servers[place] for place in sorted(self._live)])
+
+
+class Reflection(NamedTuple):
+    """Our address as somebody outside saw it."""
+
+    address: Target
+    seen_at: float                             # monotonic seconds
+
+
+def ask_sites(urls: Sequence[str], cache_path: str) -> tuple[str, bool] | None:
+    """(our public IPv4, True if a site told it), else what the cache file holds, else None.  Blocks: for a helper thread (5, D14)."""
+    for url in urls:
+        try:
+            answer = fetch_url(url, _SITE_BODY_MAX, _SITE_LIMIT_S)
+        except (OSError, ValueError, LookupError, ImportError) as error:
+            log_upstreams.debug("Public IP site failed", url=url, error=error)
+            continue
+        if answer.status == 200 and (ip := _public_v4(answer.body.decode("latin-1"))):
+            return ip, True
+    try:
+        with open(cache_path, encoding="latin-1") as file:
+            ip = _public_v4(file.read(_SITE_BODY_MAX))
+    except (OSError, ValueError):
+        return None
+    return (ip, False) if ip else None
+
+
+def _public_v4(text: str) -> str:
+    ip = parse_ip(text.strip())
+    return str(ip) if ip is not None and ip.version == 4 and not is_bogon(str(ip)) else ""
+
+
+def keep_public_ip(path: str, ip: str) -> None:
+    """Write the cache file, for a helper thread; nothing depends on it."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        write_whole(path, ip + "\n", replace=True, mode=0o644)
+    except (OSError, ValueError) as error:
+        log_upstreams.debug("Public IP cache cannot be written", path=ascii(path), error=error)
+
+
+class NetworkView:
+    """Our addresses: those of our interfaces, and where those are private what the world sees instead.
+
+    The world is asked in the background, and only about families whose address is private and not configured
+    (`general.middle_proxy_nat_ip`): STUN by UDP, by TCP, then web sites, then the cache file.  With the middle end the answer is
+    refreshed every ten minutes; who asks gets what is known.
+    """
+
+    def __init__(self, loop: Loop, settings: Settings, names: Resolver, local: tuple[str | None, str | None]) -> None:
+        self.loop, self.settings, self._names = loop, settings, names
+        self.local = {4: local[0], 6: local[1]}
+        self.families = decide_families(settings.network, *local)
+        self.watchers: list[Callable[[], None]] = []         # called when a reflected address becomes known or another one
+        self._found: dict[Wish, Reflection] = {}
+        self._wishes: dict[Wish, None] = {}    # everything that is asked, in order
+        self._asking: list[Wish] = []          # in the round that runs now
+        self._rounds = self._failures = 0
+        self._live: list[str] = []
+        self._again: Timer | None = None
+        self._readers: list[Callable[[], None]] = []         # wait for the first round
+
+    # -- what is known
+
+    def reflected(self, version: int, source_ip: str = "") -> str | None:
+        """Our public address of a family as the world sees it, from `source_ip` if that is not the system's choice.
+
+        None if nobody knows (yet): then it is asked for, and the watchers are called.
+        """
+        wish = version, "" if source_ip == self.local[version] else source_ip
+        if wish in self._found:
+            return self._found[wish].address[0]
+        if wish not in self._wishes and self._is_private(wish) and len(self._wishes) < _WISHES_MAX:
+            self._wishes[wish] = None
+            if not self._asking:
+                self._ask([wish])
+        return None
+
+    def seen(self) -> tuple[str | None, str | None]:
+        """IPv4 and IPv6 that clients can reach us at, as far as known (config.md 8 item 14); the configured one is not in it."""
+        v4, v6 = (self._found[version, ""].address[0] if (version, "") in self._found and self._is_bogon(version) else ip
+                  for version, ip in self.local.items())
+        return v4, v6
+
+    def public_ip(self, version: int) -> str | None:
+        """Our public address of a family: local, configured, reflected; None if none of them is known."""
+        local, nat_ip = self.local[version], self.settings.general.middle_proxy_nat_ip
+        if local is not None and not is_bogon(local):
+            return local
+        return str(nat_ip) if nat_ip is not None and nat_ip.version == version else self.reflected(version)
+
+    def me_families(self) -> tuple[int, ...]:
+        """IP versions that the middle end can be reached by, the preferred first (3.2)."""
+        network, nat_ip = self.settings.network, self.settings.general.middle_proxy_nat_ip
+        usable = []
+        for version, on, here in ((4, network.ipv4, self.families.ipv4), (6, network.ipv6, self.families.ipv6)):
+            outside = not self._is_bogon(version) or (version, "") in self._found
+            if (here and outside) or (on and nat_ip is not None and nat_ip.version == version):
+                usable.append(version)
+        return tuple(sorted(usable, reverse=self._prefers_v6(6 in usable)))
+
+    def multipath(self) -> bool:
+        """Whether the middle end is used over both families."""
+        return self.settings.network.multipath and len(self.me_families()) == 2
+
+    def report(self) -> None:
+        """Log what was resolved (3.2)."""
+        order = self.me_families()
+        shown = {f"reflected_v{version}": format_address(*self._found[version, ""].address) if (version, "") in self._found else "-"
+                 for version in (4, 6)}
+        words = {"ipv4_bogon": self._is_bogon(4), "ipv6_bogon": self._is_bogon(6), "ipv4_me": 4 in order, "ipv6_me": 6 in order,
+                 "ipv4_dc": self.families.ipv4, "ipv6_dc": self.families.ipv6}
+        log_upstreams.info("Network capabilities resolved", ipv4=self.local[4] or "-", ipv6=self.local[6] or "-", **shown,
+                           **{name: str(value).lower() for name, value in words.items()},
+                           prefer=6 if self._prefers_v6(6 in order) else 4, multipath=str(self.multipath()).lower())
+
+    def row(self) -> dict[str, Any]:
+        """What runtime/nat_stun shows (api.md 15.1)."""
+        now = self.loop.now
+        reflection = {f"v{version}": {"addr": format_address(*self._found[version, ""].address),
+                                      "age_secs": int(now - self._found[version, ""].seen_at)}
+                      for version in (4, 6) if (version, "") in self._found}
+        found: dict[str, Any] = {
+            "flags": {"nat_probe_enabled": self.settings.general.middle_proxy_nat_probe, "nat_probe_disabled_runtime": False,
+                      "nat_probe_attempts": self._rounds},
+            "servers": {"configured": list(self.settings.network.stun_servers), "live": self._live, "live_total": len(self._live)},
+            "reflection": reflection}
+        if self._failures and self._again is not None:
+            found["stun_backoff_remaining_ms"] = max(0, int((self._again.at - now) * 1000))
+        return found
+
+    # -- asking
+
+    def start(self) -> None:
+        """Ask about the families that need it."""
+        self._wishes |= {wish: None for wish in ((4, ""), (6, "")) if self._is_private(wish)}
+        if self._wishes and not self._asking:
+            self._ask(list(self._wishes))
+
+    def when_known(self, version: int, reader: Callable[[], None]) -> None:
+        """Call `reader` when the answer about a family is there, or is not to be waited for any longer; at once if nobody asks."""
+        if self._rounds == 1 and (version, "") in self._asking:
+            if not self._readers:
+                self.loop.call_later(_READERS_WAIT_S, self._release_readers)
+            self._readers.append(reader)
+        else:
+            reader()
+
+    def _prefers_v6(self, me_v6: bool) -> bool:
+        """Whether IPv6 is preferred and there: `effective_prefer` of 3.2."""
+        return self.settings.network.prefer == 6 and (me_v6 or self.families.ipv6)
+
+    def _is_bogon(self, version: int) -> bool:
+        ip = self.local[version]
+        return ip is not None and is_bogon(ip)
+
+    def _is_private(self, wish: Wish) -> bool:
+        """Whether the world has to be asked about it."""
+        general, network, version = self.settings.general, self.settings.network, wish[0]
+        if not general.middle_proxy_nat_probe or not (network.ipv4 if version == 4 else network.ipv6):
+            return False
+        if general.middle_proxy_nat_ip is not None and general.middle_proxy_nat_ip.version == version:
+            return False
+        return is_bogon(wish[1]) if wish[1] else self._is_bogon(version)
+
+    def _ask(self, wishes: list[Wish]) -> None:
+        """Begin a round; there is one at a time."""
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
+        self._rounds += 1
+        self._asking = wishes
+        network = self.settings.network
+        if network.stun_use and network.stun_servers:
+            StunRound(self.loop, self._names, self.settings, wishes, self._on_stun)
+            return
+        if self._rounds == 1 and network.stun_use:
+            log_upstreams.warn("STUN probe is enabled but network.stun_servers is empty")
+        elif self._rounds == 1:
+            log_upstreams.info("STUN probe is disabled by network.stun_use=false")
+        self.loop.defer(functools.partial(self._on_stun, {}, []))
+
+    def _on_stun(self, found: dict[Wish, Target], live: list[str]) -> None:
+        self._live = live
+        for address in found.values():
+            log_upstreams.info("STUN-Quorum reached, IP: %s", address[0])
+        network = self.settings.network
+        if (4, "") in self._asking and (4, "") not in found:
+            self.loop.offload(functools.partial(ask_sites, network.http_ip_detect_urls, network.cache_public_ip_path),
+                              functools.partial(self._on_sites, found))
+        else:
+            self._end_round(found)
+
+    def _on_sites(self, found: dict[Wish, Target], told: tuple[str, bool] | Exception | None) -> None:
+        if isinstance(told, Exception):
+            log_upstreams.debug("Public IP detection failed", error=told)
+        elif told is not None:
+            found[4, ""] = told[0], 0
+            log_upstreams.info("STUN unavailable, using HTTP public IPv4 fallback" if told[1]
+                               else "STUN and HTTP unavailable, using the public IPv4 of the cache file", ip=told[0])
+        self._end_round(found)
+
+    def _end_round(self, found: dict[Wish, Target]) -> None:
+        missing, self._asking = [wish for wish in self._asking if wish not in found], []
+        before = {wish: reflection.address[0] for wish, reflection in self._found.items()}
+        self._found |= {wish: Reflection(address, self.loop.now) for wish, address in found.items()}
+        path, ip = self.settings.network.cache_public_ip_path, found.get((4, ""), ("",))[0]
+        if path and ip and ip != before.get((4, "")):
+            self.loop.offload(functools.partial(keep_public_ip, path, ip), lambda _: None)
+        self._failures = self._failures + 1 if missing else 0
+        untried = [wish for wish in self._wishes if wish not in self._found and wish not in missing]
+        if untried:
+            self._ask(untried)
+        elif missing or (self.settings.general.use_middle_proxy and self._wishes):
+            pause_s = _STUN_RETRY_S * 2 ** min(self._failures - 1, 6) if missing else _STUN_FRESH_S
+            self._again = self.loop.call_later(pause_s, self._on_again)
+        if any(before.get(wish) != address[0] for wish, address in found.items()):
+            self.report()
+            for watcher in self.watchers:
+                self.loop.call(watcher)
+        self._release_readers()
+
+    def _on_again(self) -> None:
+        self._again = None
+        self._ask(list(self._wishes))
+
+    def _release_readers(self) -> None:
+        readers, self._readers = self._readers, []
+        for reader in readers:
+            self.loop.call(reader)
 
 
 # -- where to
@@ -9090,29 +9706,6 @@ class Cycle:
 
 
 # -- is it alive
-
-class Gate:
-    """Lets at most `limit` jobs run at a time; the others wait in line."""
-
-    def __init__(self, limit: int) -> None:
-        self._free = limit
-        self._line: collections.deque[Callable[[], None]] = collections.deque()
-
-    def enter(self, job: Callable[[], None]) -> None:
-        """Start `job`, now or when a place is free; whatever it began calls leave() once."""
-        if self._free:
-            self._free -= 1
-            job()
-        else:
-            self._line.append(job)
-
-    def leave(self) -> None:
-        """A job is over."""
-        if self._line:
-            self._line.popleft()()
-        else:
-            self._free += 1
-
 
 def is_listed(target: Target, dc: int) -> bool:
     """True if `target` is what DC_TABLE has for `dc`."""
@@ -10008,6 +10601,9 @@ class PublicAddresses(Protocol):
     def me_families(self) -> tuple[int, ...]:
         """Families that links may use at present, the preferred one first."""
 
+    def multipath(self) -> bool:
+        """Whether links use both."""
+
 
 class Waiting:
     """A session without a link, in the queue of its group (D6)."""
@@ -10082,7 +10678,7 @@ class Pool:
 
     def on_families(self) -> None:
         """What we know of our own addresses changed."""
-        self.planner.on_families(self.loop.now, self.network.me_families(), self.settings.network.multipath)
+        self.planner.on_families(self.loop.now, self.network.me_families(), self.network.multipath())
         self.replan()
 
     # -- sessions
@@ -10642,22 +11238,6 @@ def parse_http_answer(data: bytes, limit: int) -> Download:
     if len(body) > limit:
         raise RouteError(f"HTTP body of {len(body)} bytes, at most {limit} wanted")
     return Download(int(words[1]), body, parse_http_date(fields.get("date", "")))
-
-
-class ConfiguredAddresses:
-    """What the configuration alone tells of our own addresses: the families that are on, nothing of NAT."""
-
-    def __init__(self, network: Network) -> None:
-        self.network = network
-
-    def reflected(self, version: int) -> str | None:
-        """No public address was detected."""
-        return None
-
-    def me_families(self) -> tuple[int, ...]:
-        """Families that links may use, the preferred one first."""
-        found = [version for version, on in ((4, self.network.ipv4), (6, self.network.ipv6)) if on]
-        return tuple(sorted(found, reverse=self.network.prefer == 6))
 
 
 def _last_heard(session: Bound) -> float:
@@ -13056,12 +13636,12 @@ class Server:
         self.count_users = settings.general.telemetry.user_enabled
         self.doorman = Doorman(backend)
         self.doorman.apply(settings.access)
-        self.detected = detect_addresses(settings)
         self.resolver = Resolver(loop)
         self.resolver.overrides = parse_dns_overrides(settings.network.dns_overrides)
-        self.upstreams = Upstreams(loop, settings, self.counters, decide_families(settings.network, *self.detected), self.resolver,
+        self.network = NetworkView(loop, settings, self.resolver, detect_addresses(settings))
+        self.upstreams = Upstreams(loop, settings, self.counters, self.network.families, self.resolver,
                                    1.0 if "quick-checks" in paths else CHECK_EVERY_S)
-        self.sources.upstreams, self.sources.path = self.upstreams.rows, self.upstreams.network_path
+        self.sources.upstreams, self.sources.path, self.sources.nat = self.upstreams.rows, self.upstreams.network_path, self.network.row
         self.half_closed: Lane[DirectRelay] = loop.lane(HALF_CLOSED_S, DirectRelay.on_half_closed_timeout)
         self.places = Places(slot_cap(fd_limit), lambda full: self.sources.event(
             "admission.state", f"accepting={str(not full).lower()} reason=connection_limit"))
@@ -13071,7 +13651,6 @@ class Server:
         self.fronts = FrontProfiles(settings, loop, functools.partial(backend.x25519_public, os.urandom), os.urandom,
                                     functools.partial(FrontDial, self.masks, self.upstreams))
         self.sources.beobachten = self.masks.observer.text
-        self.sources.upstreams, self.sources.path = self.upstreams.rows, self.upstreams.network_path
         self.sweep = Sweep(loop)
         self.quotas = QuotaState(loop, self.doorman.users, settings.general.quota_state_path)
         self.answers = AnswerBudget(memory_size())
@@ -13085,10 +13664,16 @@ class Server:
         """Links to the middle end; accept() starts them."""
         settings, loop = self.settings, self.loop
         origin = Origin(backend, os.urandom, os.getpid(), int(time.time()))
-        self.pool = Pool(loop, settings, self.counters, self.arena, self.upstreams, ConfiguredAddresses(settings.network), origin,
+        self.pool = Pool(loop, settings, self.counters, self.arena, self.upstreams, self.network, origin,
                          FirstPlanner(settings, draw_fraction, loop.now))
+        self.network.watchers.append(self.pool.on_families)
         families = [family for family, on in ((4, settings.network.ipv4), (6, settings.network.ipv6)) if on]
         self.directory = Directory(loop, settings, Downloads(loop, self.upstreams).fetch, families, self.pool)
+
+    @property
+    def detected(self) -> tuple[str | None, str | None]:
+        """IPv4 and IPv6 that clients can reach us at, as far as known."""
+        return self.network.seen()
 
 
     def open_listeners(self) -> Iterator[tuple[ListenerEntry, int]]:
@@ -15084,17 +15669,7 @@ def print_banner(loaded: Loaded, threshold: int, backend: Backend, poller: Polle
 def print_facts(server: Server) -> None:
     """What the start found out (config.md 5.1 steps 7-10)."""
     settings = server.settings
-    v4, v6 = server.detected
-    families = server.upstreams.directory.families
-    bogons = [ip is not None and is_bogon(ip) for ip in (v4, v6)]
-    nat = settings.general.middle_proxy_nat_ip
-    me = [usable and (not bogon or (nat is not None and nat.version == version))
-          for usable, bogon, version in zip((families.ipv4, families.ipv6), bogons, (4, 6), strict=True)]
-    words = {"ipv4_bogon": bogons[0], "ipv6_bogon": bogons[1], "ipv4_me": me[0], "ipv6_me": me[1], "ipv4_dc": families.ipv4,
-             "ipv6_dc": families.ipv6}
-    log_cli.info("Network capabilities resolved", ipv4=v4 or "-", ipv6=v6 or "-", reflected_v4="-", reflected_v6="-",
-                 **{name: str(value).lower() for name, value in words.items()}, prefer=6 if families.prefer_v6 else 4,
-                 multipath=str(settings.network.multipath and all(me)).lower())
+    server.network.report()
     if settings.access.user_max_unique_ips:
         log_cli.info("IP limits configured for %d users", len(settings.access.user_max_unique_ips))
     if settings.network.dns_overrides:
@@ -15131,6 +15706,13 @@ def start_control_plane(server: Server, reloader: Reloader) -> Callable[[], None
     return stop
 
 
+def show_links(server: Server, entry: ListenerEntry, port: int) -> None:
+    """Print the links of one listener, with what is known of our addresses now."""
+    settings = server.settings
+    public_port = settings.general.links.public_port
+    print_links(settings, link_host(entry, server.detected, settings), port if public_port is None else public_port)
+
+
 def open_with_links(server: Server) -> bool:
     """Open the listeners, each with its link block, or one block for `links.public_host` (config.md 5.4).
 
@@ -15141,8 +15723,13 @@ def open_with_links(server: Server) -> bool:
     ports = []
     for entry, port in server.open_listeners():
         ports.append(port)
-        if links.public_host is None:
-            print_links(settings, link_host(entry, server.detected, settings), port if links.public_port is None else links.public_port)
+        if links.public_host is not None:
+            continue
+        show = functools.partial(show_links, server, entry, port)
+        if entry.announce or not entry.ip.is_unspecified:
+            show()
+        else:                                  # the one case that what the world sees of us decides
+            server.network.when_known(entry.ip.version, show)
     if (ports and links.public_host is not None) or (unix and not ports):
         host = links.public_host or server.detected[0] or server.detected[1]
         if host is None:
@@ -15221,6 +15808,7 @@ def serve(loaded: Loaded, reading: Reading, arguments: Arguments) -> int:
     server.quotas.load()
     reloader = Reloader(server, loaded, reading, arguments.config, functools.partial(hot_level, arguments.level))
     stop_control_plane = start_control_plane(server, reloader)
+    server.network.start()
     if not open_with_links(server):
         return 1
     LogBook.threshold = threshold
