@@ -12635,7 +12635,7 @@ class MiddleRelay:
         except FrameError as error:
             log_relay.warn("Answer of the middle end cannot be framed: %s", error, user=self.user.name, conn_id=self.conn_id)
             self.seat.leave(self)
-            self._wind_up()
+            self.stage = RelayStage.FLUSHING   # what came before it is sent at the end of this read
             return
         self.octets_down += size
         user = self.user
@@ -12664,7 +12664,9 @@ class MiddleRelay:
             self.last_at = self.host.loop.now
         if user.used >= user.mark and self.host.quota_reached(user):
             self._over_quota()
-        elif outlet.pending and self.stage is RelayStage.OPEN:
+        elif self.stage is RelayStage.FLUSHING:
+            self._wind_up()
+        elif outlet.pending:
             self._judge_queue()
 
     def on_middle_closed(self, region: Region | None) -> None:
@@ -12720,7 +12722,7 @@ class MiddleRelay:
         self._disarm()
         self.stage = RelayStage.FLUSHING
         self.client.want(READ | self.client.mask & WRITE)      # reading on avoids a reset that would destroy data in flight
-        self.alarm = self.host.loop.call_later(_FLUSH_S, self._on_wound_up)
+        self.alarm = self.host.loop.call_later(_FLUSH_S, functools.partial(self.close, None))
         if not self.outlet.pending:
             self._linger()
 
@@ -12728,11 +12730,7 @@ class MiddleRelay:
         self._disarm()
         self.stage = RelayStage.LINGERING
         self.client.finish()
-        self.alarm = self.host.loop.call_later(_LINGER_S, self._on_wound_up)
-
-    def _on_wound_up(self) -> None:
-        self.alarm = None
-        self.close(None)
+        self.alarm = self.host.loop.call_later(_LINGER_S, functools.partial(self.close, None))
 
     def expire_idle(self, now: float) -> None:
         """Called by the sweep when the idle limit has passed."""

@@ -608,3 +608,140 @@ def test_a_stream_can_be_reset(loop):
     with pytest.raises(ConnectionResetError):
         other.recv(1)
     other.close()
+
+
+# -- the two ends of a session whose frames are taken apart
+
+def records_of(wire):
+    """(payload lengths, payload) of a complete record stream."""
+    sizes, payload, at = [], b"", 0
+    while at < len(wire):
+        assert wire[at:at + 3] == b"\x17\x03\x03"
+        size = int.from_bytes(wire[at + 3:at + 5], "big")
+        sizes.append(size)
+        payload += wire[at + 5:at + 5 + size]
+        at += 5 + size
+    return sizes, payload
+
+
+class OutletBench:
+    """region -> outlet -> near end."""
+
+    def __init__(self, loop, tls, buffer=None):
+        self.loop, self.arena = loop, Arena(BACKEND)
+        sink, self.near = tcp_pair(buffer)
+        self.sink = Stream(loop, sink)
+        self.outlet = telemt.Outlet(self.arena, self.sink, BACKEND.ctr(KEY, IV), tls)
+        self.sink.watch(READ, lambda mask: self.outlet.flush() if mask & 4 else None)
+        self.wanted = b""
+
+    def run(self, pieces):
+        """Send messages that lie apart in one region."""
+        region = BACKEND.region(bytearray(b"".join(b"....." + piece for piece in pieces) + bytes(64)))
+        at = 0
+        for piece in pieces:
+            self.outlet.add(at + 5, len(piece))
+            at += 5 + len(piece)
+        self.outlet.run(region)
+        self.wanted += b"".join(pieces)
+
+    def drain(self):
+        """Everything that comes out, decrypted; the sizes of its records."""
+        wire, idle = b"", 0
+        while idle < 20:
+            self.loop.turn()
+            data, _ = read_all(self.near)
+            wire += data
+            idle = 0 if data else idle + 1
+        sizes, payload = records_of(wire) if self.outlet.tls else ([], wire)
+        return sizes, BACKEND.ctr(KEY, IV).update(payload)
+
+    def close(self):
+        self.outlet.close()
+        self.sink.close()
+        self.near.close()
+        self.loop.turn()
+        assert self.arena.queued == 0
+
+
+@pytest.mark.parametrize("buffer", [None, 4096], ids=["fast", "slow"])
+@pytest.mark.parametrize("tls", [True, False], ids=["tls", "plain"])
+def test_outlet_sends_messages_in_order_in_as_few_records_as_possible(loop, tls, buffer, rng):
+    bench = OutletBench(loop, tls, buffer)
+    batches = [[b"x"], [rng.randbytes(size) for size in (1, 8208, 8209, 8210, 4)], [rng.randbytes(8209)], [rng.randbytes(8209)] * 3,
+               [rng.randbytes(4096)] * 40, [rng.randbytes(1_200_000), b"tail"], [rng.randbytes(128)]]
+    for pieces in batches:
+        bench.run(pieces)
+    sizes, payload = bench.drain()
+    assert payload == bench.wanted and bench.outlet.pending == bench.outlet.waiting == 0
+    if tls:
+        totals = [sum(map(len, pieces)) for pieces in batches]
+        assert len(sizes) == sum(-(-total // 8209) for total in totals) and max(sizes) == 8209
+    bench.close()
+
+
+def test_outlet_counts_what_waits_and_joins_small_messages(loop):
+    bench = OutletBench(loop, True, 2048)
+    while not bench.outlet.pending:
+        bench.run([bytes(1000)])
+    before = bench.outlet.waiting
+    for _ in range(1000):
+        bench.run([bytes(100)])
+    assert bench.outlet.waiting == before + 1000 and len(bench.outlet._chunks) < 5
+    assert bench.arena.queued == bench.outlet.pending
+    bench.run([bytes(10), bytes(20)])
+    assert bench.outlet.waiting == before + 1002
+    assert bench.drain()[1] == bench.wanted
+    bench.close()
+
+
+def test_outlet_that_is_closed_forgets(loop):
+    bench = OutletBench(loop, False, 2048)
+    while not bench.outlet.pending:
+        bench.run([bytes(100_000)])
+    bench.close()
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000, 1 << 20])
+@pytest.mark.parametrize("tls", [True, False], ids=["tls", "plain"])
+def test_inlet_returns_what_the_client_said(loop, tls, step, rng):
+    far, near = tcp_pair()
+    source = Stream(loop, near)
+    inlet = telemt.Inlet(Arena(BACKEND), source, RecordReader() if tls else None, BACKEND.ctr(KEY, IV))
+    plain = rng.randbytes(3000 if step < 10 else 300_000)
+    secret = BACKEND.ctr(KEY, IV).update(plain)
+    parts = [secret[at:at + 777] for at in range(0, len(secret), 777)]
+    wire = b"".join(b"\x17\x03\x03" + len(part).to_bytes(2, "big") + part for part in parts) if tls else secret
+    found = b""
+    for at in range(0, len(wire), step):
+        view = memoryview(wire[at:at + step])
+        while view:
+            with contextlib.suppress(BlockingIOError):
+                view = view[far.send(view):]
+            while (data := inlet.run()) is not None:
+                found += data
+    deadline = 1000
+    while len(found) < len(plain) and deadline:
+        found += inlet.run() or b""
+        deadline -= 1
+    assert found == plain
+    assert inlet.run() is None
+    far.close()
+    while (data := inlet.run()) is None:
+        pass
+    assert bytes(data) == b""
+    source.close()
+    loop.turn()
+
+
+def test_inlet_end_inside_a_record_is_an_error(loop):
+    far, near = tcp_pair()
+    source = Stream(loop, near)
+    inlet = telemt.Inlet(Arena(BACKEND), source, RecordReader(), BACKEND.ctr(KEY, IV))
+    far.sendall(b"\x17\x03\x03\0\x05ab")
+    far.close()
+    with pytest.raises(WireError, match="early eof"):
+        while True:
+            inlet.run()
+    source.close()
+    loop.turn()
