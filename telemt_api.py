@@ -14,10 +14,12 @@ second time, so its names appear in annotations only.
    7  store       io    <- 1 4 5           the configuration on disk: revision, changes
    8  http        io    <- 1               HTTP/1.1 for few clients, none of whom is trusted
    9  qr          pure  <- -               a link as a QR code
-  11  service     io    <- 1-4 6-9         gates and handlers; start and stop
+  10  page        pure  <- -               the status page: style, script, headers
+  11  service     io    <- 1-4 6-10        gates and handlers; start and stop
 """
 from __future__ import annotations
 
+import binascii
 import collections
 import contextlib
 import datetime
@@ -2888,6 +2890,522 @@ def draw_qr(code: QrCode, plain: bool = False) -> list[str]:
             for upper, lower in zip(rows[::2], rows[1::2], strict=True)]
 
 
+# == 10. page ================================================================
+# The status page: one document that asks /v1 from the browser and knows nothing
+# that curl cannot get.  What stands here is what is served; limit: 30,000 bytes.
+# Text from outside becomes text nodes and nothing else; the policy names the hashes
+# of style and script, so that nothing else runs even if something slipped in.
+# Source: design/page.md 1-8.
+
+PAGE_CSS: Final = """\
+:root{color-scheme:light dark;--ink:#1b1f24;--dim:#57606a;--link:#0b5cad;--good:#1a6b35;--warn:#8a5300;--bad:#b3261e;--page:#fff;--card:#f6f8fa;--line:#d0d7de}
+@media (prefers-color-scheme:dark){:root{--ink:#e6edf3;--dim:#9aa7b4;--link:#6cb6ff;--good:#57c97a;--warn:#e3b341;--bad:#ff8a80;--page:#0f1419;--card:#1a2129;--line:#38424d}}
+*{box-sizing:border-box}
+body{margin:0;font:16px/1.45 system-ui, sans-serif;font-variant-numeric:tabular-nums;color:var(--ink);background:var(--page)}
+header{position:sticky;top:0;z-index:1;padding:10px 16px;background:var(--card);border-bottom:1px solid var(--line)}
+header, .row, .link, .tools{display:flex;flex-wrap:wrap;gap:6px 12px;align-items:center;margin:4px 0}
+#verdict{font-weight:600;flex:1 1 16em}
+main{max-width:1200px;margin:auto;padding:0 16px 40px}
+h1, h2, summary{font-size:1.1rem;margin:24px 0 8px}
+button, input, select{font:inherit;color:inherit;background:var(--page);border:1px solid var(--line);padding:4px 10px}
+button, summary, a{cursor:pointer;color:var(--link)}
+:disabled{color:var(--dim);cursor:default}
+:focus-visible{outline:3px solid}
+.good{color:var(--good)} .warn{color:var(--warn)} .bad, .error{color:var(--bad)} .dim, small, dt{color:var(--dim)}
+.grid{display:grid;grid-template-columns:repeat(auto-fit, minmax(150px, 1fr));gap:8px;margin:0}
+.grid > div{background:var(--card);border:1px solid var(--line);padding:8px 12px;min-height:100px}
+dd, h1, header p{margin:0}
+.grid dd{font-size:1.4rem}
+.grid dd + dd{font-size:.8rem;color:var(--dim)}
+#charts{grid-template-columns:repeat(auto-fit, minmax(280px, 1fr))}
+.grid svg{width:100%;height:90px;display:block}
+.grid path{fill:none;stroke:var(--link);stroke-width:2;vector-effect:non-scaling-stroke}
+path.mark{stroke:var(--warn);stroke-dasharray:3}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%}
+th, td{text-align:left;padding:4px 8px;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:break-word}
+th button, td > button{border:0;padding:0;background:none;font-weight:600;text-align:left}
+.num{text-align:right}
+.more dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 12px;margin:0}
+.link input, .row input:not([type=checkbox]){flex:1 1 8em;min-width:0}
+dialog{color:inherit;background:var(--page);border:1px solid var(--line);width:min(560px, 94vw)}
+.qr{background:#fff;display:block;width:min(320px, 80vw);margin:8px auto;forced-color-adjust:none}
+.stale{opacity:.6}
+.error:empty, .note:empty{display:none}
+@media (max-width:700px){.wide{display:none} main{padding:0 10px}}
+@media (pointer:coarse){button, input, select, summary{min-height:44px;min-width:44px}}
+"""  # noqa: E501 - served as it stands
+PAGE_JS: Final = r"""
+const $ = id=>document.getElementById(id), base = location.pathname.replace(/\/+$/,"").replace(/\/ui$/,"")
+const KINDS = {tls:"FakeTLS", tls_domains:"FakeTLS", secure:"dd", classic:"Classic"}, OFF = "not counted"
+const route = (path,every,gate = "minimal_runtime")=>({path, every, gate, at:0, gone:"", data:null})
+const R = {zero:route("/stats/zero/all",5), users:route("/users",5), gates:route("/runtime/gates",5),
+ health:route("/health",15), ready:route("/health/ready",15), minimal:route("/stats/minimal/all",15),
+ upstreams:route("/stats/upstreams",15), summary:route("/runtime/connections/summary",15,"runtime_edge"),
+ info:route("/system/info",1e9), posture:route("/security/posture",1e9), events:route("/runtime/events/recent?limit=50",5,"runtime_edge")}
+const events = $("events"), details = $("details"), series = {traffic:[], conns:[]}, people = new Map()
+let auth = sessionStorage.getItem("authorization") || "", revision = "", paused, asking, timer, fault = "", fails = 0, freshAt = 0
+let skew = 0, bornAt = 0, usersAt = 0, zeros = [], marks = [], order = [], frozen, sortKey, sortDown
+
+// nodes: text from outside stays text
+const fill = (node,kids)=>{ node.replaceChildren(...kids.filter(kid=>kid)); return node; }
+function el(tag,props,...kids) {
+ const node = document.createElement(tag), all = typeof props === "string" ? {className:props} : props
+ if (tag === "input") node.autocomplete = "off"
+ for (const key in all) key in node ? node[key] = all[key] : node.setAttribute(key,all[key])
+ return fill(node,kids)
+}
+const svg = (tag,attributes,...kids)=>{
+ const node = document.createElementNS("http://www.w3.org/2000/svg",tag)
+ for (const key in attributes) node.setAttribute(key,attributes[key])
+ return fill(node,kids)
+}
+const dim = text=>el("p","dim",text), alarm = ()=>el("p",{className:"error", role:"alert"})
+const button = (text,onclick,props)=>el("button",{type:"button", onclick, ...props},text), box = (cls,...kids)=>el("div",cls,...kids)
+const put = (node,text)=>{ if (node.textContent !== text) node.textContent = text; }
+const plain = text=>text.replace(/[\0-\x1f\x7f-\x9f\u2028\u2029]/g,c=>"\\x" + c.charCodeAt(0).toString(16).padStart(2,"0"))
+const sum = (list,pick)=>list.reduce((total,item)=>total + pick(item),0), last = list=>list[list.length - 1], mono = ()=>performance.now(), ago = t=>(mono() - t) / 1000
+const count = n=>n.toLocaleString("en"), ms = v=>v == null ? "–" : Math.round(v) + " ms", percent = v=>Math.round(v) + " %"
+const clock = s=>new Date(s * 1000).toLocaleTimeString([],{timeStyle:"short"})
+function bytes(n) {
+ let unit = 0
+ while (n >= 999.5 && unit < 4) { n /= 1000; unit++; }
+ return (unit && n < 99.95 ? n.toFixed(1) : Math.round(n)) + " " + ["B","kB","MB","GB","TB"][unit]
+}
+function span(s) {
+ const d = s / 86400 | 0, h = s / 3600 % 24 | 0, m = s / 60 % 60 | 0
+ return d ? `${d} d ${h} h` : h ? `${h} h ${m} min` : m ? `${m} min` : `${s | 0} s`
+}
+
+// asking
+async function call(path,method = "GET",match = "",body = {}) {
+ const headers = {}, abort = new AbortController(), late = setTimeout(()=>abort.abort(),8000), sends = /^P/.test(method)
+ if (auth) headers.Authorization = auth
+ if (sends) headers["Content-Type"] = "application/json"
+ if (match) headers["If-Match"] = match
+ try {
+  const answer = await fetch(base + "/v1" + path,{method, headers, signal:abort.signal, body:sends ? JSON.stringify(body) : null})
+  const {ok, data, revision, error} = await answer.json().catch(()=>({}))
+  return {status:answer.status, data, revision, when:mono(), error:ok ? null : error || {message:"HTTP status " + answer.status}}
+ } catch { return {status:0, error:{message:"No answer: outcome unknown, read again"}}; } finally { clearTimeout(late); }
+}
+async function tick() {
+ clearTimeout(timer)
+ const now = mono(), due = Object.values(R).filter(r=>r.at <= now && !r.gone && (r !== R.events || events.open))
+ const answers = await Promise.all(due.map(r=>call(r.path)))
+ if (answers.some(a=>a.status === 401)) return askHeader()
+ fault = ""
+ due.forEach((r,i)=>{
+  const a = answers[i]
+  if (a.status === 404) r.gone = "not offered by this server"
+  else if (a.error) fault = a.status ? a.error.message : fault
+  else {
+   Object.assign(r,{data:a.data, at:a.when + r.every * 1000 - 200})
+   if (a.data.reason === "feature_disabled") r.gone = `server.api.${r.gate}_enabled = true would show this, restart needed`
+   revision = a.revision
+   freshAt = a.when
+   if (r === R.zero) takeZero(a.data)
+   if (r === R.users) takeUsers(a.data,a.when)
+  }
+ })
+ fails = due[0] && !answers.some(a=>a.status) ? fails + 1 : 0
+ R.users.every = people.size > 300 ? 15 : 5
+ draw()
+ if (!paused && !document.hidden && !asking) timer = setTimeout(tick,1000 * (/not allowed/.test(fault) ? 30 : [5,5,10,20,30][Math.min(fails,4)]))
+}
+function refresh(...keys) { for (const key of keys) Object.assign(R[key],{at:0, gone:""}); return tick(); }
+
+// rates; an uptime that went back is a restart
+const up = zero=>zero.core.uptime_seconds
+function takeZero(zero) {
+ skew = zero.generated_at_epoch_secs - Date.now() / 1000
+ if (zeros[0] && up(zero) < up(last(zeros))) {
+  bornAt = Date.now() / 1000
+  zeros = []
+  marks.push(mono())
+  people.forEach(p=>Object.assign(p,{octets:null, rates:[], peak:0}))
+  for (const r of Object.values(R)) { r.gone = ""; if (r.every > 100) r.at = 0; }
+ }
+ zeros = [...zeros,zero].slice(-61)
+}
+function delta(pick,seconds) {
+ const end = last(zeros), first = zeros.find(z=>up(end) - up(z) <= seconds)
+ return first === end ? null : {n:pick(end) - pick(first), s:up(end) - up(first)}
+}
+function takeUsers(list,when) {
+ let total = 0, gap = 0
+ const names = new Set(list.map(u=>u.username)), note = (key,v)=>series[key] = [...series[key],{t:when, v}].slice(-180)
+ for (const [name,p] of people) if (!names.has(name)) { people.delete(name); p.row?.remove(); p.more?.remove(); }
+ for (const u of list) {
+  const p = people.get(u.username) || {rates:[], peak:0, octets:usersAt ? 0 : null}
+  people.set(u.username,p)
+  if (p.octets !== null) {
+   const grown = Math.max(0,u.total_octets - p.octets)
+   gap = (when - usersAt) / 1000
+   total += grown
+   p.rates = [...p.rates,grown / gap].slice(-3)
+  }
+  Object.assign(p,{user:Object.assign(u,{label:plain(u.username)}), octets:u.total_octets, peak:Math.max(p.peak,u.current_connections)})
+ }
+ usersAt = when
+ if (gap) note("traffic",total / gap)
+ note("conns",sum(list,u=>u.current_connections))
+}
+const rate = p=>p.rates[0] == null ? null : sum(p.rates,Number) / p.rates.length
+
+// verdict, figures, charts
+function verdict() {
+ const g = R.gates.data || {}, r = R.ready.data || {}
+ return [[fails,"bad",freshAt ? `No answer for ${span(ago(freshAt))}` : "Unreachable"],
+  [asking,"warn","Authorization is asked for"],
+  [/^Source IP/.test(fault),"bad","This address is not in server.api.whitelist"],[fault,"bad",fault],[!freshAt,"dim","Loading …"],
+  [g.startup_status === "initializing","warn",`Starting: ${g.startup_stage}, ${percent(g.startup_progress_pct)}`],
+  [g.accepting_new_connections === false,"bad","Not accepting connections"],
+  [r.reason === "no_healthy_upstreams","bad",`No way to Telegram: 0 of ${r.total_upstreams} upstreams healthy`],
+  [g.reroute_active,"warn",`Running direct since ${clock(g.reroute_to_direct_at_epoch_secs)}, Middle-End not usable: no ad tag`],
+  [true,"good",`Running (${g.route_mode || "direct"})`]].find(row=>row[0]).slice(1)
+}
+const core = ()=>R.zero.data?.core, unseen = kind=>core()?.[`telemetry_${kind}_enabled`] === false && `general.telemetry.${kind}_enabled = false`
+function drawNow() {
+ const users = R.users.data, c = core(), totals = R.summary.data?.data?.totals, noUser = unseen("user"), noCore = unseen("core")
+ const figure = (title,off,value,small)=>{
+  if (!$(title)) $("now").append(el("div",{id:title},el("dt","",title),el("dd",""),el("dd","")))
+  const [,big,print] = $(title).children
+  put(big,off ? OFF : value || "–")
+  put(print,off || small || "…")
+ }
+ const opened = delta(z=>z.core.connections_total,20), all = delta(z=>z.core.connections_total,300), speed = last(series.traffic)
+ const share = key=>all?.n && percent(100 * delta(z=>z.core[key],300).n / all.n), since = (text,list)=>list && text + " since start"
+ figure("Connections",noUser,users && count(sum(users,u=>u.current_connections)),
+  totals ? `${totals.current_connections_me} middle end, ${totals.current_connections_direct} direct` : "now")
+ figure("Users online",noUser,users && `${users.filter(FILTERS.Online).length} of ${c?.configured_users ?? users.length}`,"now")
+ figure("Addresses","",users && count(new Set(users.flatMap(u=>u.active_unique_ips_list || [])).size),"different ones, now")
+ figure("Traffic",noUser,speed && bytes(speed.v) + "/s",since(bytes(sum(users || [],u=>u.total_octets)),users))
+ figure("New connections",noCore,opened && (opened.n / opened.s).toFixed(1) + "/s",since(count(c?.connections_total || 0),c))
+ figure("Strangers",noCore,share("connections_bad_total"),`last 5 min; ${share("handshake_timeouts_total") || "–"} timed out`)
+}
+function chart(key,title,show) {
+ const from = mono() - 9e5, list = series[key].filter(p=>p.t > from), values = list.map(p=>p.v), peak = Math.max(...values,0)
+ const x = t=>((t - from) / 900).toFixed(1), text = list[0] ? `now ${show(last(values))}, mean ${show(sum(values,Number) / list.length)}, peak ${show(peak)}` : "–"
+ if (!$(key)) $("charts").append(el("div",{id:key},el("strong","",title),svg("svg",
+  {viewBox:"0 0 1000 90", preserveAspectRatio:"none", role:"img"},svg("path",{}),svg("path",{class:"mark"})),dim("")))
+ const [,picture,words] = $(key).children, [curve,mark] = picture.children
+ curve.setAttribute("d",list.map((p,i)=>`${i && p.t - list[i - 1].t < 2e4 ? "L" : "M"}${x(p.t)} ${(88 - 84 * p.v / (peak || 1)).toFixed(1)}`).join(""))
+ mark.setAttribute("d",marks.filter(t=>t > from).map(t=>`M${x(t)} 0V90`).join(""))
+ picture.setAttribute("aria-label",`${title}: ${text}`)
+ put(words,text)
+}
+
+// users
+const now = ()=>Date.now() / 1000 + skew, ends = u=>u.expiration_rfc3339 ? Date.parse(u.expiration_rfc3339) / 1000 : Infinity
+function state(u) {
+ const at = (used,limit)=>limit != null && used >= limit
+ return [[u.enabled === false,"bad","⊘ disabled"],[ends(u) < now(),"bad","✕ expired"],
+  [[u.max_tcp_conns,u.max_unique_ips,u.data_quota_bytes].includes(0),"bad","✕ blocked"],
+  [at(u.quota_used_bytes,u.data_quota_bytes),"bad","✕ quota used up"],
+  [at(u.current_connections,u.max_tcp_conns),"warn","▲ at connection limit"],
+  [at(u.active_unique_ips,u.max_unique_ips),"warn","▲ at address limit"],
+  [u.current_connections,"good","● online"],[true,"dim","○ idle"]].find(row=>row[0]).slice(1)
+}
+const FILTERS = {All:()=>true, Online:u=>u.current_connections > 0,
+ Attention:u=>/bad|warn/.test(state(u)[0]) || u.quota_used_bytes > .8 * u.data_quota_bytes || ends(u) < now() + 604800}
+const COLUMNS = {name:["Name","",u=>u.username], conns:["Connections","num",u=>u.current_connections],
+ ips:["Addresses","num wide",u=>u.active_unique_ips], rate:["Rate","num",u=>rate(people.get(u.username))],
+ total:["Total","wide",u=>u.total_octets], expires:["Expires","wide",ends]}
+const place = (u,tail = "")=>`/users/${encodeURIComponent(u.username)}${tail}`, free = ()=>R.health.data?.read_only === false
+const named = u=>!/[/\0-\x1f\x7f]|^\.\.?$/.test(u.username), limited = (used,limit)=>used + (limit == null ? "" : " / " + limit)
+function drawRow(p) {
+ const u = p.user, [cls,word] = state(u), speed = rate(p), quota = u.data_quota_bytes, off = unseen("user")
+ if (!p.row) {
+  p.open = button(el("bdi",{translate:false},u.label),()=>{ p.more.hidden = !p.more.hidden; drawRow(p); })
+  p.cells = Object.values(COLUMNS).map(([,className])=>el("td",className,el("span","")))
+  p.cells[0].prepend(p.open,el("br",""))
+  p.cells[4].append(p.bar = el("meter",{high:.8, ariaLabel:"quota used"}))
+  p.row = el("tr","",...p.cells)
+  p.more = el("tr",{className:"more", hidden:true},el("td",{colSpan:6}))
+ }
+ [word,off ? OFF : limited(u.current_connections,u.max_tcp_conns),limited(u.active_unique_ips,u.max_unique_ips),
+  off ? OFF : speed === null ? "–" : bytes(speed) + "/s",
+  (off ? OFF : bytes(u.total_octets)) + (quota == null ? "" : `, ${bytes(u.quota_used_bytes || 0)} of ${bytes(quota)} `),
+  ends(u) < Infinity ? new Date(ends(u) * 1000).toLocaleString([],{dateStyle:"medium", timeStyle:"short"}) : "never",
+ ].forEach((text,i)=>put(p.cells[i].querySelector("span"),text))
+ p.cells[0].lastChild.className = cls
+ p.bar.hidden = !quota
+ p.bar.value = (u.quota_used_bytes || 0) / (quota || 1)
+ p.open.setAttribute("aria-expanded",!p.more.hidden)
+ if (!p.more.hidden) drawMore(p)
+}
+const linksOf = u=>Object.keys(KINDS).flatMap(kind=>(u.links[kind] || []).map((item,index)=>({kind, index, link:item.domain ? item.link : item, domain:item.domain || ""})))
+function drawMore(p) {
+ const u = p.user, links = linksOf(u), shape = JSON.stringify([links,free(),u.enabled,u.data_quota_bytes,people.size > 1])
+ if (p.shape !== shape) {
+  p.shape = shape
+  p.facts = el("dl","")
+  fill(p.more.firstChild,[p.facts,...links.map(item=>linkRow(u,item,named(u))),
+   !links[0] && dim("No public address known: set general.links.public_host"),box("tools",...actions(p))])
+ }
+ Object.entries({"Addresses now": (u.active_unique_ips_list || []).join(", "), "In the last 30 s": (u.recent_unique_ips_list || []).join(", "),
+  "Peak connections": p.peak + "", "Ad tag": u.user_ad_tag,
+  "From, to client": [u.octets_from_client,u.octets_to_client].map(bytes).join(", "),
+ }).forEach(([title,text],i)=>{
+  if (!p.facts.children[2 * i]) p.facts.append(el("dt","",title),el("dd",""))
+  put(p.facts.children[2 * i + 1],text || "–")
+ })
+}
+function actions(p) {
+ const u = p.user, post = tail=>()=>call(place(u,tail),"POST",revision), closes = more=>`Closes ${p.user.current_connections} connections now. ${more}`
+ const ask = (title,text,work,done)=>button(title,()=>sure(u,title,text(),work,done)), old = ()=>closes("Old links stop working.")
+ if (!named(u)) return [dim("Edit this name in the file")]
+ return free() ? [button("Edit",()=>edit(p.user)),
+  u.enabled && ask("Disable",()=>closes("Links work again when enabled."),post("/disable")),
+  u.enabled === false && button("Enable",()=>change(post("/enable"))),
+  ask("New secret",old,post("/rotate-secret"),showLink),
+  u.data_quota_bytes != null && ask("Reset quota",()=>"Counting begins again at 0.",post("/reset-quota")),
+  people.size > 1 && ask("Delete",old,()=>call(place(u),"DELETE",revision))] : []
+}
+function linkRow(u,item,withQr) {
+ const field = el("input",{readOnly:true, type:"password", value:item.link, ariaLabel:"Link of " + u.label})
+ const said = el("span",{role:"status"}), show = ()=>{ field.type = "text"; }
+ const copy = async ()=>{
+  try { await navigator.clipboard.writeText(item.link); } catch {
+   show()
+   field.select()
+   if (!document.execCommand("copy")) return put(said,"Selected: copy it by hand")
+  }
+  put(said,"Copied")
+ }
+ return box("link",`${KINDS[item.kind]} ${item.domain}`,field,button("Show",show),button("Copy",copy),withQr && button("QR",()=>qr(u,item)),
+  item.link.startsWith("tg://proxy?") && el("a",{href:item.link},"Open"),said)
+}
+function drawUsers() {
+ const table = $("users"), all = [...people.values()], word = $("search").value.toLowerCase(), old = new Map(order.map((p,i)=>[p,i]))
+ const stays = frozen && (table.matches(":hover") || table.contains(document.activeElement)), key = p=>stays ? old.get(p) ?? 1e9 : COLUMNS[sortKey][2](p.user)
+ const found = all.filter(p=>p.user.username.toLowerCase().includes(word) && FILTERS[$("filter").value](p.user)).sort((a,b)=>{
+  const x = key(a), y = key(b)
+  return x === y ? (a.user.username < b.user.username ? -1 : 1) : (x < y ? -1 : 1) * (sortDown && !stays ? -1 : 1)
+ })
+ const shown = found.slice(0,300)
+ frozen = true
+ for (const p of order) if (!shown.includes(p)) { p.row.remove(); p.more.remove(); }
+ shown.forEach(drawRow)
+ shown.reduceRight((next,p)=>{
+  if (p.more.nextSibling !== next || !p.more.parentNode) table.insertBefore(p.more,next)
+  if (p.row.nextSibling !== p.more) table.insertBefore(p.row,p.more)
+  return p.row
+ },null)
+ order = shown
+ put($("count"),`${shown.length} of ${all.length} users`)
+ $("nobody").hidden = !all[0] || all.some(p=>p.user.current_connections)
+ $("create").hidden = !free()
+}
+function sort(key) {
+ sortDown = sortKey === key ? !sortDown : /conns|ips|rate|total/.test(key)
+ sortKey = key
+ frozen = false
+ for (const name in COLUMNS) $("by-" + name).ariaSort = name !== key ? "none" : sortDown ? "descending" : "ascending"
+ drawUsers()
+}
+
+// changes
+function dialog(title,...kids) {
+ const node = el("dialog",{ariaLabel:title},el("h2","",title),...kids)
+ node.onclose = ()=>node.remove()
+ document.body.append(node)
+ node.showModal()
+ return node
+}
+async function change(work,said = $("banner"),lock = {}) {
+ lock.disabled = true
+ const a = await work()
+ lock.disabled = false
+ put(said,a.error?.message || "")
+ await refresh("users",...a.error ? ["health"] : ["info","posture"])
+ return a
+}
+function sure(u,title,text,work,done) {
+ const said = alarm(), no = button("Cancel",()=>node.close()), yes = button(title,async ()=>{
+  const {error, data} = await change(work,said,yes)
+  if (!error) { node.close(); done?.(data); }
+ },{className:"bad"}), node = dialog(`${title}: ${u.label}`,el("p","",text),said,box("tools",no,yes))
+ no.focus()
+}
+function showLink({user}) {
+ const u = people.get(user.username).user, [item] = linksOf(u)
+ if (item) qr(u,item)
+}
+async function qr(u,item) {
+ const said = alarm(), node = dialog("Link of " + u.label,said,linkRow(u,item),button("Close",()=>node.close()))
+ const {error, data} = await call(place(u,`/qr?kind=${item.kind}&index=${item.index}`))
+ if (error) return put(said,error.message)
+ const size = data.rows.length + 8, d = data.rows.map((row,y)=>row.replace(/1|0/g,(cell,x)=>+cell ? `M${x + 4} ${y + 4}h1v1h-1z` : "")).join("")
+ said.after(svg("svg",{viewBox:`0 0 ${size} ${size}`, class:"qr", role:"img", "aria-label": "QR code of the link", "shape-rendering": "crispEdges"},svg("path",{d})))
+}
+function edit(u) {
+ const old = u || {}, said = alarm(), f = {}, form = el("form",{noValidate:true}), save = el("button","",u ? "Save" : "Create")
+ const local = s=>s < Infinity ? new Date(s * 1000 - new Date(s * 1000).getTimezoneOffset() * 6e4).toISOString().slice(0,16) : ""
+ let match = revision
+ const add = (key,title,type,none,hint = "",was = String(old[key] ?? ""))=>{
+  const input = el("input",{id:"f-" + key, type, value:was}), off = el("input",{type:"checkbox", checked:none && !was}), note = el("p","warn note")
+  const sync = ()=>{ input.disabled = off.checked; put(note,off.checked ? "" : type === "number" && input.value === "0" ? "0 blocks this user" : hint); }
+  off.onchange = input.oninput = sync
+  sync()
+  f[key] = {input, off, was, type, sync}
+  form.append(el("label",{htmlFor:input.id},title),box("row",input,none && el("label","",off,none)),note)
+ }
+ const more = days=>button(`+${days} days`,()=>{
+  const {input, off, sync} = f.expiration_rfc3339
+  off.checked = false
+  input.value = local(Math.max(now(),Date.parse(input.value) / 1000 || 0) + days * 86400)
+  sync()
+ })
+ if (!u) add("username","Name","text")
+ add("max_tcp_conns","Connections","number"," no limit","One Telegram app opens up to about 8 connections")
+ add("max_unique_ips","Addresses","number"," no limit")
+ add("data_quota_bytes","Quota in bytes","number"," no limit")
+ add("expiration_rfc3339","Expires","datetime-local"," no limit","",local(ends(old)))
+ form.append(box("tools",more(7),more(30)))
+ add("user_ad_tag","Ad tag, 32 hex characters","text"," none")
+ form.append(said,box("tools",button("Cancel",()=>node.close()),save))
+ form.onsubmit = async event=>{
+  event.preventDefault()
+  const body = {}
+  for (const [key,{input, off, was, type}] of Object.entries(f)) {
+   const text = off.checked ? "" : input.value
+   if (text !== was) body[key] = text === "" ? null : type === "number" ? Number(text) : type === "text" ? text : new Date(text).toISOString().replace(/\.\d+/,"")
+  }
+  const {error, data} = await change(()=>u ? call(place(u),"PATCH",match,body) : call("/users","POST",match,body),said,save)
+  if (!error) { node.close(); if (!u) showLink(data); }
+  if (error?.code === "user_exists") { put(said,"This name exists"); f.username.input.focus(); }
+  if (error?.code !== "revision_conflict") return
+  const b = await call(u ? place(u) : "/health"), theirs = Object.keys(f).filter(key=>u && b.data && (b.data[key] ?? null) !== (u[key] ?? null))
+  put(said,b.error?.message || `The file was changed meanwhile${theirs.map(key=>`; ${key} is now ${b.data[key] ?? "not set"}`).join("") || ", this user was not"}.`)
+  put(save,"Save over it")
+  match = b.revision || match
+ }
+ const node = dialog(u ? "Edit " + u.label : "New user",form)
+ form.querySelector("input").focus()
+}
+function askHeader() {
+ const field = el("input",{type:"password", id:"f-auth"}), said = alarm()
+ const form = el("form","",el("label",{htmlFor:"f-auth"},"Exact value of server.api.auth_header, scheme included (Bearer …)"),field,
+  !isSecureContext && el("p","warn","This connection is not encrypted"),said,
+  box("tools",button("Forget",()=>{ auth = field.value = ""; sessionStorage.clear(); }),el("button","","Use it")))
+ if (asking) return
+ asking = true
+ put(said,auth && "This value is wrong")
+ form.onsubmit = event=>{
+  event.preventDefault()
+  if (!/^[\x20-\x7e]+$/.test(field.value)) return put(said,"Only visible ASCII can be sent")
+  sessionStorage.setItem("authorization",auth = field.value)
+  asking = false
+  node.close()
+  refresh(...Object.keys(R))
+ }
+ const node = dialog("Authorization",form)
+ node.oncancel = event=>event.preventDefault()
+ draw()
+}
+
+// the rest
+const line = (tag,cells)=>el("tr","",...cells.map(cell=>el(tag,"",cell)))
+const rows = (heads,list)=>el("div",{className:"scroll", tabIndex:0},el("table","",el("thead","",line("th",heads)),el("tbody","",...list.map(cells=>line("td",cells)))))
+function drawTelegram() {
+ const ways = R.upstreams, min = R.minimal.data || {}, s = min.data?.me_writers.summary, run = min.data?.me_runtime, failed = delta(z=>z.upstream.connect_fail_total,300)
+ fill($("telegram"),[ways.gone && dim("Upstreams: " + ways.gone),
+  ways.data?.upstreams && rows(["Way out","State","Checked","Latency","DC 1–5"],ways.data.upstreams.map(r=>[`${r.route_kind} ${r.address}`.replace("direct ",""),
+   el("span",r.healthy ? "good" : "bad",r.healthy ? "● healthy" : `✕ unhealthy, ${r.fails} failures`),
+   span(r.last_check_age_secs) + " ago",ms(r.effective_latency_ms),r.dc.map(d=>ms(d.latency_ema_ms)).join(" · ")])),
+  failed?.n > 0 && dim(`${failed.n} connections to Telegram failed in the last 5 min`),
+  R.minimal.gone ? dim("Middle-End: " + R.minimal.gone) : min.reason && dim(R.gates.data?.use_middle_proxy ? "Middle-End: not ready yet" : "No Middle-End in direct mode"),
+  run && el("p","",`Middle-End: ${s.alive_writers} of ${s.required_writers} links, coverage ${percent(s.coverage_pct)}, endpoints ${percent(s.available_pct)}, generation ${run.active_generation}, `
+   + (run.pending_hardswap_generation ? "next one warming, " : "") + run.quarantined_endpoints_total + " in quarantine"),
+  run && rows(["DC","Links","Coverage","Round trip","Sessions"],min.data.dcs.dcs.map(d=>{
+   const [cls,shape] = !d.alive_writers ? ["bad","✕"] : d.coverage_pct < 80 ? ["warn","▲"] : ["good","●"]
+   return [d.dc,el("span",cls,`${shape} ${d.alive_writers} of ${d.required_writers}`),el("meter",{max:100, value:d.coverage_pct, ariaLabel:"coverage"}),ms(d.rtt_ms),d.load + ""]
+  }))])
+}
+const flat = (value,path = "")=>value === null || typeof value !== "object" ? [[path,value]] : Object.keys(value).flatMap(key=>flat(value[key],path && path + "." + key || key))
+function drawClosed() {
+ const e = R.events.data?.data, before = new Map(flat(zeros[zeros.length - 2] || {}))
+ if (events.open) fill(events.lastChild,[e ? rows(["Time","Event","About"],
+  [...e.events].reverse().map(r=>[new Date(r.ts_epoch_secs * 1000).toLocaleString(),r.event_type,plain(r.context)])) : dim(R.events.gone),e?.dropped_total > 0 && e.dropped_total + " older ones dropped"])
+ if (details.open) details.lastChild.replaceChildren(...Object.entries({Counters:last(zeros), Security:R.posture.data, System:R.info.data}).flatMap(([title,data])=>[
+  el("h3","",title),rows(["Name","Value","Change"],flat(data || {}).filter(([,v])=>v || title !== "Counters").map(([key,v])=>[key,plain(String(v)),
+   key === "api_auth_header_enabled" && !v ? "every program and rebound page on this machine can read the links" : v > before.get(key) ? "+" + count(v - before.get(key)) : ""]))]))
+}
+function draw() {
+ const [cls,text] = verdict(), version = R.info.data?.version
+ put($("verdict"),{good:"● ", warn:"▲ ", bad:"✕ ", dim:""}[cls] + text)
+ $("verdict").className = cls
+ put($("meta"),[version && "telemt.py " + version,zeros[0] && "up " + span(up(last(zeros))),freshAt && `data ${span(ago(freshAt))} old`].filter(part=>part).join(" · "))
+ document.querySelector("main").className = fails || fault ? "stale" : ""
+ put($("banner"),(Date.now() / 1000 - bornAt < 600 ? `Proxy restarted at ${clock(bornAt)}. Counters began again at 0. ` : "")
+  + (Math.abs(skew) > 60 ? `Server clock differs by ${span(Math.abs(skew))}; FakeTLS clients are refused when clocks disagree.` : ""))
+ drawNow()
+ chart("traffic","Traffic",v=>bytes(v) + "/s")
+ chart("conns","Connections",v=>String(+v.toFixed(1)))
+ drawUsers()
+ drawTelegram()
+ drawClosed()
+}
+for (const [key,[title,cls]] of Object.entries(COLUMNS)) $("heads").append(el("th",{scope:"col", className:cls, id:"by-" + key},button(title,()=>sort(key))))
+$("create").onclick = ()=>edit(null)
+$("first").onclick = ()=>showLink(order[0])
+$("pause").onclick = ()=>{ paused = !paused; $("pause").ariaPressed = paused; tick(); }
+$("search").oninput = $("filter").onchange = ()=>{ frozen = false; drawUsers(); }
+events.ontoggle = ()=>events.open && refresh("events")
+details.ontoggle = drawClosed
+document.onvisibilitychange = ()=>document.hidden ? clearTimeout(timer) : tick()
+sort("name")
+tick()
+"""  # noqa: E501 - served as it stands
+PAGE_HTML: Final = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>telemt</title>
+<link rel="icon" href="data:,">
+<style>{css}</style>
+<header><h1>telemt</h1><p id="verdict" role="status">Loading … needs JavaScript</p><p id="meta" class="dim"></p><button id="pause" aria-pressed="false">Pause</button></header>
+<main>
+<p id="banner" class="warn note"></p>
+<h2>Now</h2>
+<dl id="now" class="grid"></dl>
+<h2>Last 15 minutes <small>since this page was opened</small></h2>
+<div id="charts" class="grid"></div>
+<h2>Users</h2>
+<div class="tools"><label>Search <input id="search" type="search"></label>
+<label>Show <select id="filter"><option>All<option>Online<option>Attention</select></label>
+<button id="create" hidden>New user</button><span id="count" class="dim"></span></div>
+<div class="scroll"><table><thead><tr id="heads"></tr></thead><tbody id="users"></tbody></table></div>
+<p id="nobody" hidden>Nobody is connected. Open a link on a phone to test: <button id="first">QR</button></p>
+<h2>Telegram side</h2>
+<div id="telegram"></div>
+<details id="events"><summary>Events</summary><div></div></details>
+<details id="details"><summary>Details</summary><div></div></details>
+</main>
+<script>{js}</script>
+</html>
+"""  # noqa: E501 - served as it stands
+PAGE_PATHS: Final = ("/", "/ui")
+
+
+def _page_hash(text: str) -> str:
+    """Source of the Content-Security-Policy for one inline element."""
+    return f"'sha256-{binascii.b2a_base64(hashlib.sha256(text.encode()).digest(), newline=False).decode()}'"
+
+
+PAGE: Final = PAGE_HTML.replace("{css}", PAGE_CSS).replace("{js}", PAGE_JS).encode()
+PAGE_TYPE: Final = "text/html; charset=utf-8"
+PAGE_FIELDS: Final = (
+    ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
+    ("Content-Security-Policy",
+     f"default-src 'none'; script-src {_page_hash(PAGE_JS)}; style-src {_page_hash(PAGE_CSS)}; connect-src 'self'; img-src data:; "
+     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"),
+    ("Referrer-Policy", "no-referrer"), ("Cross-Origin-Opener-Policy", "same-origin"), ("Cross-Origin-Resource-Policy", "same-origin"))
+
+
 # == 11. service =============================================================
 # The gates of api.md 4 in their order, the handlers, and what telemt.py starts.
 # A handler runs in the thread of its connection.  It copies plain integers, or asks
@@ -3278,7 +3796,7 @@ class Desk:
 
 def page_answer(head: Head) -> Answer | None:
     """The status page, where a request asks for it; None for any other path."""
-    return None
+    return Answer(200, PAGE_TYPE, [PAGE], PAGE_FIELDS) if path_of(head.target) in PAGE_PATHS else None
 
 
 class ControlApi:

@@ -7,7 +7,8 @@ set -u
 
 # command : package
 WANTED="nginx:nginx-light haproxy:haproxy microsocks:microsocks danted:dante-server sshd:openssh-server ssh:openssh-client
-        tshark:tshark promtool:prometheus ip:iproute2 curl:curl openssl:openssl shellcheck:shellcheck systemd-analyze:systemd"
+        tshark:tshark promtool:prometheus ip:iproute2 curl:curl openssl:openssl shellcheck:shellcheck systemd-analyze:systemd
+        chromium:chromium"
 
 PATH="$PATH:/usr/sbin:/sbin"
 missing=
