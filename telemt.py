@@ -1668,7 +1668,6 @@ class Loaded(NamedTuple):
     without_effect: tuple[str, ...]          # keys of config.md 2.10 that differ from their default
     unknown: Mapping[str, tuple[str, ...]]   # what unknown_keys() found
     users_explicit: bool                     # [access.users] stands in the file
-    links_show_explicit: bool                # general.links.show stands in the file
 
 
 def parse_settings(document: dict[str, Any], draws: Draws) -> Loaded:
@@ -1694,7 +1693,6 @@ def parse_settings(document: dict[str, Any], draws: Draws) -> Loaded:
                              and _value_at(raw, path) != spec.default),
         unknown=unknown,
         users_explicit=users_explicit,
-        links_show_explicit=is_written(document, "general.links.show"),
     )
 
 

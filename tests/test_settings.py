@@ -55,7 +55,7 @@ def test_table_absent_and_table_empty_are_the_same() -> None:
 def test_attribute_path_is_toml_path_and_default() -> None:
     for path, key in telemt.KEYS.items():
         if "[]" not in path and key.table is None:
-            assert value(Loaded(Settings(), (), (), (), {}, False, False), path) == key.default, path
+            assert value(Loaded(Settings(), (), (), (), {}, False), path) == key.default, path
 
 
 def test_every_rule_is_checked_once_and_every_key_explained() -> None:
@@ -92,7 +92,7 @@ def test_reload_classes(reload: Reload) -> None:
 def test_empty_file() -> None:
     loaded = telemt.parse_settings({}, telemt.Draws(lambda: 1500))
     settings = loaded.settings
-    assert settings.access.users == {"default": "0" * 32} and not loaded.users_explicit and not loaded.links_show_explicit
+    assert settings.access.users == {"default": "0" * 32} and not loaded.users_explicit
     assert settings.general.use_middle_proxy and settings.server.port == 443
     assert [str(entry.ip) for entry in settings.server.listeners] == ["0.0.0.0", "::"]
     assert settings.censorship.mask_host == "petrovich.ru" and settings.censorship.fake_cert_len == 2048
@@ -449,7 +449,7 @@ def test_upstream_keys_of_other_types_are_not_looked_at() -> None:
 
 def test_what_was_written() -> None:
     loaded = load(f'[access.users]\na = "{SECRET}"\n[general.links]\nshow = "*"')
-    assert loaded.users_explicit and loaded.links_show_explicit
+    assert loaded.users_explicit
 
 
 # -- clamps (8 item 8)
