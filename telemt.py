@@ -6201,7 +6201,6 @@ class Dispatch:
         if link is not None:
             return Bind(link.link_id)
         if has_direct and self.availability.may_go_direct(now, key, waited):
-            self.roster.counts.count("fallback_sessions_total")
             return GoDirect()
         if waited:
             return Refuse()
@@ -6463,6 +6462,15 @@ class PoolPlanner:
 
     # questions
 
+    @property
+    def queued(self) -> Callable[[int], int]:
+        """Unsent bytes of a link, as its driver tells."""
+        return self.dispatch.queued
+
+    @queued.setter
+    def queued(self, queued: Callable[[int], int]) -> None:
+        self.dispatch.queued = queued
+
     def route(self, now: float, dc: int, has_direct: bool, waited: bool = False) -> Way:
         """What a new session for the signed `dc` does.  waited: it has been held, and its time is over."""
         return self.dispatch.route(now, dc, has_direct, waited)
@@ -6565,129 +6573,25 @@ def route_snapshot(planner: PoolPlanner, now: float, now_wall: float, fallback_s
         down_dcs=tuple(availability.down(Due(now))), fallback_sessions=fallback_sessions)
 
 
-class FirstPlanner:
-    """The smallest policy that works: a floor of links per group, dialled in turn, with a back-off after failures.
+class DriftMemory:
+    """What went into the keys of the last link to each endpoint: changes tell why handshakes fail (3, item 5).  Diagnostic only."""
 
-    Until PoolPlanner takes its place.
-    """
+    __slots__ = ("_seen",)
 
-    FLOOR: ClassVar[int] = 3
-    PATIENCE_S: ClassVar[float] = 3.0          # of a session without a link (D6)
-    DOWN_S: ClassVar[float] = 6.0              # without a link for so long: the group is down (D2)
+    _ENDPOINTS_MAX: ClassVar = 4096            # lists have tens of entries; whatever comes, this is enough to compare with
 
-    def __init__(self, settings: Settings, draw: Callable[[], float], now: float) -> None:
-        self.queued: Callable[[int], int] = lambda link_id: 0
-        self.general, self.draw = settings.general, draw
-        self.groups: dict[int, list[Endpoint]] = {}
-        self.links: dict[int, tuple[int, Phase]] = {}        # id -> group, phase
-        self.load: dict[int, int] = {}
-        self._secret = False
-        self._maps: tuple[EndpointMap, EndpointMap, tuple[int, ...]] = ({}, {}, (4,))
-        self._default = self._last = 0
-        self._due: dict[int, float] = {}       # group -> no dial before
-        self._pause: dict[int, float] = {}
-        self._up_at: dict[int, float] = {}     # group -> when it last had a link
-        self._serve: set[int] = set()
+    def __init__(self) -> None:
+        self._seen: dict[Endpoint, tuple[Hashable, int]] = {}
 
-    def apply(self, now: float, settings: Settings) -> None:
-        """Take the hot keys."""
-        self.general = settings.general
-
-    def on_map(self, now: float, v4: EndpointMap, v6: EndpointMap, default_dc: int) -> None:
-        """These endpoints are in force."""
-        self._maps, self._default = (v4, v6, self._maps[2]), default_dc
-        self._regroup(now)
-
-    def on_families(self, now: float, order: Sequence[int], multipath: bool) -> None:
-        """These families may be used."""
-        self._maps = (*self._maps[:2], tuple(order))
-        self._regroup(now)
-
-    def _regroup(self, now: float) -> None:
-        v4, v6, order = self._maps
-        self.groups = {}
-        for dc in sorted({abs(dc) for listed in (v4, v6) for dc in listed}):
-            for family in order:
-                listed = v4 if family == 4 else v6
-                endpoints = sorted({*listed.get(dc, ()), *listed.get(-dc, ())})
-                if endpoints:
-                    self.groups[dc] = endpoints
-                    self._up_at.setdefault(dc, now)
-                    break
-
-    def on_secret(self, now: float, epoch: int) -> None:
-        """A proxy-secret is there."""
-        self._secret = epoch > 0
-
-    def on_link_ready(self, now: float, link_id: int) -> None:
-        """A link can take sessions."""
-        dc = self.links[link_id][0]
-        self.links[link_id] = dc, Phase.ACTIVE
-        self._pause.pop(dc, None)
-        self._serve.add(dc)
-
-    def on_dial_failed(self, now: float, link_id: int) -> None:
-        """Wait a little, and longer each time."""
-        dc, _ = self.links.pop(link_id)
-        wait_s = self._pause.get(dc, self.general.me_reconnect_backoff_base_ms / 1000)
-        self._due[dc] = now + wait_s * (1 + self.draw() / 2)
-        self._pause[dc] = min(2 * wait_s, self.general.me_reconnect_backoff_cap_ms / 1000)
-
-    def on_link_lost(self, now: float, link_id: int, why: Lost) -> None:
-        """Dial again; at once, unless it comes and goes."""
-        dc, _ = self.links.pop(link_id)
-        self.load.pop(link_id, None)
-        self._up_at[dc] = now
-        self._due[dc] = max(self._due.get(dc, now), now) + 0.2
-
-    def on_bound(self, now: float, link_id: int, dc: int) -> None:
-        """One session more."""
-        self.load[link_id] = self.load.get(link_id, 0) + 1
-
-    def on_unbound(self, now: float, link_id: int, dc: int) -> None:
-        """One session less."""
-        self.load[link_id] = self.load.get(link_id, 1) - 1
-
-    def on_pong(self, now: float, link_id: int, rtt_ms: float) -> None:
-        """Nothing depends on it here."""
-
-    def beat(self, now: float, link_id: int, heard: bool) -> Beat:
-        """A ping after every pause."""
-        return Beat(True, False, max(1, self.general.me_keepalive_interval_secs) + self.draw() * self.general.me_keepalive_jitter_secs)
-
-    def signal_pause(self, first: bool = False) -> float | None:
-        """No activity signals."""
-        return None
-
-    def route(self, now: float, dc: int, has_direct: bool, waited: bool = False) -> Way:
-        """The link of the group with the fewest sessions."""
-        group = abs(dc) if abs(dc) in self.groups else abs(self._default) or 2
-        ready = [link for link, (at, phase) in self.links.items() if at == group and phase is Phase.ACTIVE]
-        if ready:
-            return Bind(min(ready, key=lambda link: (self.load.get(link, 0), self.queued(link), link)))
-        direct = has_direct and self.general.auto_degradation_enabled
-        if direct and (waited or now - self._up_at.get(group, -math.inf) > self.DOWN_S):
-            return GoDirect()
-        return Refuse() if waited else Hold(group, now + self.PATIENCE_S)
-
-    def plan(self, now: float) -> list[Action]:
-        """Dials up to the floor of every group, and when to look again."""
-        todo: list[Action] = [ServeWaiters(dc) for dc in sorted(self._serve)]
-        self._serve.clear()
-        wake_at = math.inf
-        for dc, endpoints in self.groups.items() if self._secret else ():
-            mine = [phase for group, phase in self.links.values() if group == dc]
-            if len(mine) >= self.FLOOR:
-                continue
-            due = self._due.get(dc, now)
-            if due > now:
-                wake_at = min(wake_at, due)
-                continue
-            for _ in range(self.FLOOR - len(mine)):
-                self._last += 1
-                self.links[self._last] = dc, Phase.DIALLING
-                todo.append(OpenLink(self._last, dc, endpoints[self._last % len(endpoints)], 1))
-        return [*todo, WakeAt(wake_at)] if wake_at < math.inf else todo
+    def note(self, endpoint: Endpoint, fingerprint: Hashable, port: int) -> str | None:
+        """Return `drift` when the addresses differ from last time, `port_only` when only our port does."""
+        known = self._seen.pop(endpoint, None)
+        self._seen[endpoint] = fingerprint, port
+        if len(self._seen) > self._ENDPOINTS_MAX:
+            del self._seen[next(iter(self._seen))]
+        if known is None or known == (fingerprint, port):
+            return None
+        return "port_only" if known[0] == fingerprint else "drift"
 
 
 # == 13. loop ================================================================
@@ -10583,13 +10487,6 @@ class Planner(Protocol):
     def plan(self, now: float) -> list[Action]: ...
 
 
-class DriftMemory:
-    """SHIM"""
-
-    def note(self, endpoint: Endpoint, fingerprint: Hashable, port: int) -> str | None:
-        return None
-
-
 class PublicAddresses(Protocol):
     """What the pool has to know of our own public addresses."""
 
@@ -13660,11 +13557,17 @@ class Server:
         """Links to the middle end; accept() starts them."""
         settings, loop = self.settings, self.loop
         origin = Origin(backend, os.urandom, os.getpid(), int(time.time()))
-        self.pool = Pool(loop, settings, self.counters, self.arena, self.upstreams, self.network, origin,
-                         FirstPlanner(settings, draw_fraction, loop.now))
+        planner = PoolPlanner(settings, draw_fraction, loop.now, self.counters.me)
+        self.pool = Pool(loop, settings, self.counters, self.arena, self.upstreams, self.network, origin, planner)
+        self.sources.pool = lambda: pool_snapshot(planner, loop.now)
+        self.sources.route = lambda: route_snapshot(planner, loop.now, time.time(), self._count_direct())
         self.network.watchers.append(self.pool.on_families)
         families = [family for family, on in ((4, settings.network.ipv4), (6, settings.network.ipv6)) if on]
         self.directory = Directory(loop, settings, Downloads(loop, self.upstreams).fetch, families, self.pool)
+
+    def _count_direct(self) -> int:
+        """Sessions on the direct way; where the middle end is wanted, they fell back to it."""
+        return sum(isinstance(relay, DirectRelay) for relay in self.sweep.relays)
 
     @property
     def detected(self) -> tuple[str | None, str | None]:
