@@ -7307,9 +7307,13 @@ class Flow:
             sent = 0
         self.sent += sent
         if sent != len(data):
-            self._queue, self._at = set_aside(memoryview(data)[sent:]), 0
-            self.arena.queued += len(self._queue)
-            self._pause()
+            self._keep(data, sent)
+
+    def _keep(self, data: Bytes, sent: int) -> None:
+        """The kernel took only `sent` bytes of `data`: keep the rest and pause the source."""
+        self._queue, self._at = set_aside(memoryview(data)[sent:]), 0
+        self.arena.queued += len(self._queue)
+        self._pause()
 
     def flush(self) -> bool:
         """Send what waits; True when nothing is left and the source runs again."""
@@ -7488,8 +7492,25 @@ class WrapFlow(Flow):
 
     def run(self) -> int:
         """Move one quantum; payload bytes are returned, headers are not counted."""
-        if not self.level and not self.passes:
-            return self._run_single()
+        if not self.level and not self.passes:         # chat: one record, no list of views, no header to put right again
+            arena = self.arena
+            try:
+                size = self.source.recv_into(arena.single_payload)
+            except BlockingIOError:
+                return AGAIN
+            if size:
+                if size == RECORD_OUT_MAX:
+                    self.level = 1
+                _LENGTH.pack_into(arena.single, 3, size)
+                data = arena.single[:RECORD_HEADER + size]
+                try:                                   # push() in line: a call less for every message
+                    sent = self.sink.send_some(data)
+                except BlockingIOError:
+                    sent = 0
+                self.sent += sent
+                if sent != size + RECORD_HEADER:
+                    self._keep(data, sent)
+            return size
         level = self.level if self.level < _BULK else self._modest_level()
         count = _WRAP_RECORDS[level]
         quantum = count * RECORD_OUT_MAX
@@ -7506,19 +7527,6 @@ class WrapFlow(Flow):
             return 0
         self._adapt(size, quantum)
         self._send_records(size)
-        return size
-
-    def _run_single(self) -> int:
-        """One record, what chat needs: no list of views, no header to put right again."""
-        arena = self.arena
-        try:
-            size = self.source.recv_into(arena.single_payload)
-        except BlockingIOError:
-            return AGAIN
-        if size:
-            self.level = 1 if size == RECORD_OUT_MAX else 0
-            _LENGTH.pack_into(arena.single, 3, size)
-            self.push(arena.single[:RECORD_HEADER + size])
         return size
 
     def _place(self, size: int) -> None:
