@@ -196,6 +196,21 @@ def test_a_socket_as_log(monkeypatch):
         assert sink._lost and len(sink._kept) > 200_000
 
 
+def test_a_terminal_that_stands_still(monkeypatch):
+    """Ctrl-S, or a dead ssh: a terminal takes less than POLLOUT promises, so it must have an open file of its own."""
+    master, slave = os.openpty()
+    sink = LogSink(slave, True)
+    try:
+        assert sink._fd != slave and not sink._asks and os.get_blocking(slave)
+        sink.patience_s = 0.0
+        for _ in range(2000):
+            sink(Level.INFO, "telemt::cli", "y" * 1000)
+        assert sink._lost and len(sink._kept) > 200_000
+    finally:
+        for fd in (master, slave, sink._fd):
+            os.close(fd)
+
+
 def test_the_last_lines_go_out_while_the_reader_is_slow(monkeypatch):
     fd, inlet = os.pipe()
     sink = LogSink(inlet, False)
