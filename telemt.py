@@ -7188,11 +7188,12 @@ class Arena:
 class Stream:
     """One connected socket.  Owner: whoever last called watch()."""
 
-    __slots__ = ("loop", "sock", "fd", "mask", "recv_into", "recvmsg_into", "send_some")
+    __slots__ = ("loop", "sock", "fd", "mask", "unread", "recv_into", "recvmsg_into", "send_some")
 
     def __init__(self, loop: Loop, sock: socket.socket) -> None:
         self.loop, self.sock, self.fd = loop, sock, sock.fileno()
         self.mask = 0
+        self.unread: Unread | None = None      # comes before what the socket has
         self.recv_into = sock.recv_into        # bound once: a flow calls them for every chunk
         self.recvmsg_into = sock.recvmsg_into
         self.send_some = sock.send
@@ -7206,6 +7207,8 @@ class Stream:
         """Wait for READ, WRITE, both, HANGUP, or with 0 for nothing (not even a hang-up)."""
         if mask == self.mask:
             return
+        if self.unread is not None and mask & READ:
+            self.unread.call_again()
         if not self.mask:
             self.loop.poller.register(self.fd, mask)
         elif mask:
@@ -7270,6 +7273,58 @@ class Stream:
         if self.fd >= 0:
             self.loop.drop(self.sock, self.mask)
             self.fd, self.mask = -1, 0
+            if self.unread is not None:
+                self.unread.forget()
+
+
+class Unread:
+    """What a read brought and nobody looked at: the owner of the stream is called again for it at the end of the turn.
+
+    A read may hold 200,000 records of nothing.  After 1,024 of them (RECORDS_AT_ONCE) the others have their turn.
+    """
+
+    __slots__ = ("stream", "arena", "data", "_size", "_called")
+
+    def __init__(self, stream: Stream, arena: Arena, data: memoryview) -> None:
+        self.stream, self.arena = stream, arena
+        self.data = set_aside(data)
+        self._size = len(data)
+        self._called = False
+        stream.unread = self
+        arena.queued += self._size
+        self.call_again()
+
+    def take(self) -> int:
+        """Put the first bytes where a read would have put them; return how many, at most 16 KiB.  They stay until pass_by()."""
+        size = min(len(self.data), QUANTA[0])
+        self.arena.input.view[:size] = self.data[:size]
+        return size
+
+    def pass_by(self, size: int) -> None:
+        """So many bytes have been looked at."""
+        self.data = self.data[size:]
+        if self.data:
+            self.call_again()
+        else:
+            self.forget()
+
+    def call_again(self) -> None:
+        """See to it that the owner is called, unless it wants no bytes then: Stream.want() comes here when it does again."""
+        if not self._called:
+            self._called = True
+            self.stream.loop.defer(self._call)
+
+    def _call(self) -> None:
+        self._called = False
+        handler = self.stream.loop.handlers.get(self.stream.fd)
+        if self.stream.unread is self and self.stream.mask & READ and handler is not None:
+            self.stream.loop.call(handler, READ)
+
+    def forget(self) -> None:
+        """Nobody will look at the rest."""
+        self.stream.unread = None
+        self.arena.queued -= self._size
+        self._size = 0
 
 
 class Flow:
@@ -7559,26 +7614,21 @@ class WrapFlow(Flow):
 class UnwrapFlow(Flow):
     """Payload of the client's FakeTLS records goes out re-encrypted for the data centre.
 
-    A read may hold 200,000 records of nothing.  After 1,024 of them the others have their turn: what is left of the read is
-    set aside and goes on at the end of the turn, 16 KiB at a time, before anything more is read.
+    What a read holds beyond 1,024 records is left for the end of the turn (Unread).
     """
 
-    __slots__ = ("records", "decrypt", "encrypt", "_aside", "_aside_size", "_goes_on")
+    __slots__ = ("records", "decrypt", "encrypt")
 
     def __init__(self, arena: Arena, source: Stream, sink: Stream, records: RecordReader, passes: Sequence[AesCtr]) -> None:
         super().__init__(arena, source, sink)
         self.records = records                 # goes on where the handshake stopped, perhaps inside a record
         self.decrypt, self.encrypt = passes
-        self._aside: memoryview | None = None
-        self._aside_size = 0                   # of the memory below it
-        self._goes_on = False                  # _go_on() is deferred
 
     def run(self) -> int:
         """Move one quantum.  Returns payload bytes; AGAIN also for a read that held none."""
-        source, kept = self.arena.input, self._aside
-        if kept is not None:
-            size = min(len(kept), QUANTA[0])
-            source.view[:size] = kept[:size]
+        source, unread = self.arena.input, self.source.unread
+        if unread is not None:
+            size = unread.take()
         else:
             quantum = QUANTA[self.level if self.level < _BULK else self._modest_level()]
             try:
@@ -7596,8 +7646,11 @@ class UnwrapFlow(Flow):
                 self.push(self.decrypt.recrypt(self.encrypt, source, RECORD_HEADER, size, self.arena.output))
                 return size
         spans = self.records.spans(source.view, size)
-        if kept is not None or self.records.seen < size:
-            self._set_aside(kept if kept is not None else set_aside(source.view[:size]), self.records.seen)
+        if unread is not None:
+            unread.pass_by(self.records.seen)
+        elif self.records.seen < size:
+            Unread(self.source, self.arena, source.view[self.records.seen:size])
+            self.level = 0
         done = 0
         if not self.arena.one_pass:
             done = self._push_copies([source.view[at:at + length] for at, length in spans])
@@ -7612,8 +7665,6 @@ class UnwrapFlow(Flow):
         if self.records.failed:
             raise self.records.failed
         self.over = self.records.closed
-        if self.over:
-            self._forget_aside()
         return done or (0 if self.over else AGAIN)
 
     def _push_copies(self, pieces: list[memoryview]) -> int:
@@ -7622,42 +7673,6 @@ class UnwrapFlow(Flow):
         if data:
             self.push(data)
         return len(data)
-
-    def _set_aside(self, data: memoryview, seen: int) -> None:
-        """Keep what of `data` was not seen, and see to it that there is another run."""
-        if self._aside is None:
-            self._aside_size = len(data)
-            self.arena.queued += len(data)
-            self.level = 0
-        self._aside = data[seen:]
-        if not self._aside:
-            self._forget_aside()
-        elif not self._goes_on:
-            self._goes_on = True
-            self.source.loop.defer(self._go_on)
-
-    def _go_on(self) -> None:
-        """Run again although nothing may have arrived; not while the sink is slow: _resume() comes then."""
-        self._goes_on = False
-        handler = self.source.loop.handlers.get(self.source.fd)
-        if self._aside is not None and handler is not None and self.source.mask & READ:
-            self.source.loop.call(handler, READ)
-
-    def _forget_aside(self) -> None:
-        if self._aside is not None:
-            self.arena.queued -= self._aside_size
-            self._aside = None
-
-    def _resume(self) -> None:
-        super()._resume()
-        if self._aside is not None and not self._goes_on:
-            self._goes_on = True
-            self.source.loop.defer(self._go_on)
-
-    def close(self) -> None:
-        """Give back what the flow holds."""
-        super().close()
-        self._forget_aside()
 
 
 # -- the two ends of a session whose frames are taken apart
@@ -7682,32 +7697,37 @@ class Inlet:
         Raises OSError, and WireError for an end inside a record.  records.closed and records.failed are the caller's to ask.
         """
         quantum = QUANTA[self.level]
-        source, records = self.arena.input, self.records
-        try:
-            size = self.source.recv_into(source.view, quantum)
-        except BlockingIOError:
-            return None
-        if size == 0:
-            if records is not None and records.mid_record and not records.closed:
-                raise WireError(Reason.BAD_RECORD, "IO error: early eof")
-            return source.view[:0]
-        if size == quantum:
-            self.level = min(self.level + 1, _INLET_LEVEL)
-        elif self.level and size << 2 < quantum:
-            self.level -= 1
+        source, records, unread = self.arena.input, self.records, self.source.unread
+        if unread is not None:
+            size = unread.take()
+        else:
+            try:
+                size = self.source.recv_into(source.view, quantum)
+            except BlockingIOError:
+                return None
+            if size == 0:
+                if records is not None and records.mid_record and not records.closed:
+                    raise WireError(Reason.BAD_RECORD, "IO error: early eof")
+                return source.view[:0]
+            if size == quantum:
+                self.level = min(self.level + 1, _INLET_LEVEL)
+            elif self.level and size << 2 < quantum:
+                self.level -= 1
         if records is None:
             self.cipher.crypt(source, 0, source, 0, size)
             return source.view[:size]
         spans = records.spans(source.view, size)
+        if unread is not None:
+            unread.pass_by(records.seen)
+        elif records.seen < size:
+            Unread(self.source, self.arena, source.view[records.seen:size])
+            self.level = 0
         if len(spans) == 1:
             start, size = spans[0]
             self.cipher.crypt(source, start, source, start, size)
             return source.view[start:start + size]
-        target, done, crypt = self.arena.output, 0, self.cipher.crypt
-        for start, length in spans:
-            crypt(source, start, target, done, length)
-            done += length
-        return target.view[:done] if done else None
+        done = self.cipher.gather(source, spans, self.arena.output)
+        return self.arena.output.view[:done] if done else None
 
     def discard(self) -> bool:
         """Read and forget; False at the end.  Raises OSError."""
@@ -12853,7 +12873,7 @@ class ClientSession:
 
     def on_readable(self, _mask: int) -> None:
         """Called by the loop."""
-        limit = _EARLY_MAX if self.records is not None or self.state is S.LEAVING else _FIRST_MAX - len(self.inbox)
+        limit = QUANTA[0] if self.records is not None or self.state is S.LEAVING else _FIRST_MAX - len(self.inbox)
         try:
             data = self.stream.read(limit)
         except OSError as error:
@@ -12875,8 +12895,7 @@ class ClientSession:
         if self.records is None:
             self.inbox.append(data)
         else:
-            for start, length in self.records.spans(data, len(data)):
-                self.inbox.append(data[start:start + length])
+            self.inbox.append(self.records.payload(data))
         while (step := _STEPS.get(self.state)) is not None and step(self):
             pass                               # every step that the bytes at hand allow
         if self.records is not None and self.state is S.INNER:     # what precedes a bad record or an alert counts first
@@ -14738,7 +14757,7 @@ class Attempt:
 
     def _take_answer(self, data: bytes) -> None:
         if self.records is not None:
-            data = b"".join(data[at:at + size] for at, size in self.records.spans(data, len(data)))
+            data = self.records.payload(data)
             if self.records.failed or self.records.closed:
                 self._fail("handshake fine, but what follows is no stream of a proxy")
                 return

@@ -61,7 +61,7 @@ class Bench:
                 except BlockingIOError:
                     progress = 0
                 view = view[progress:]
-            progress += self.loop.turn() + (getattr(self.flow, "_aside", None) is not None)
+            progress += self.loop.turn() + (self.source.unread is not None)
             piece, self.ended = read_all(self.near)
             out += piece
             idle = 0 if progress or piece else idle + 1
@@ -204,19 +204,19 @@ def test_a_flood_of_records_is_looked_at_in_portions(loop, record, buffer):
         out = bench.pump(start + wire + b"\x17\x03\x03\0\1>")
     assert out == b"<" + (data if record == "one-byte" else b"") + b">"
     assert len(counts) >= len(wire) / 6 / 1024 and counts[0] <= telemt.QUANTA[3]
-    assert bench.flow._aside is None and bench.arena.queued == 0
+    assert bench.source.unread is None and bench.arena.queued == 0
     bench.dispose()
 
 
-def test_what_was_set_aside_goes_with_the_flow(loop):
+def test_what_was_not_looked_at_goes_with_the_stream(loop):
     bench = unwrapper(loop)
     bench.far.sendall(b"\x14\x03\x03\0\1\1" * 20_000)
     bench.flow.level = 3
     assert bench.flow.run() == AGAIN and bench.arena.queued > 60_000 and bench.flow.level == 0
     loop.turn()
     assert bench.runs == [AGAIN], "once more at the end of the turn, although nothing arrived"
-    bench.flow.close()
-    assert bench.arena.queued == 0
+    bench.source.close()
+    assert bench.arena.queued == 0 and bench.source.unread is None
     loop.turn()
     bench.dispose()
 
@@ -745,3 +745,40 @@ def test_inlet_end_inside_a_record_is_an_error(loop):
             inlet.run()
     source.close()
     loop.turn()
+
+
+@pytest.mark.parametrize("record", [b"\x17\x03\x03\0\0", b"\x14\x03\x03\0\1\1", b"\x17\x03\x03\0\1x"], ids=["empty", "ccs", "one-byte"])
+def test_an_inlet_looks_at_a_flood_of_records_in_portions(loop, record):
+    """No byte behind the thousandth record is lost, and reading pauses and goes on where the owner wants."""
+    far, near = tcp_pair()
+    arena, stream = Arena(BACKEND), Stream(loop, near)
+    inlet = telemt.Inlet(arena, stream, RecordReader(), BACKEND.ctr(KEY, IV))
+    inlet.level, heard, sizes = 2, bytearray(), []
+
+    def on_ready(_mask):
+        data = inlet.run()
+        sizes.append(len(data or b""))
+        heard.extend(data or b"")
+        if len(sizes) == 2:
+            stream.want(0)
+
+    wire = record * 20_000 + b"\x17\x03\x03\0\1x"
+    far.sendall(wire[:110_000])
+    stream.watch(READ, on_ready)
+    for _ in range(20):
+        loop.turn()
+    assert len(sizes) == 2 and stream.unread is not None
+    far.setblocking(False)
+    rest = memoryview(wire)[110_000:]
+    stream.want(READ)
+    for _ in range(400):
+        if rest:
+            with contextlib.suppress(BlockingIOError):
+                rest = rest[far.send(rest):]
+        loop.turn()
+    count = 20_001 if record.endswith(b"x") else 1
+    assert bytes(heard) == BACKEND.ctr(KEY, IV).update(b"x" * count) and max(sizes) <= 1024
+    assert stream.unread is None and arena.queued == 0
+    stream.close()
+    loop.turn()
+    far.close()
