@@ -10247,11 +10247,61 @@ class Heart:
         return None if at is None else (now - at) * 1000
 
 
+class Signal:
+    """Activity signals of one link: empty requests in the name of its last session (middle-proxy-wire.md 12, D17)."""
+
+    __slots__ = ("link", "meta", "conn_id", "timer", "patience")
+
+    def __init__(self, link: MeLink) -> None:
+        self.link = link
+        self.meta: Meta | None = None          # of the last session
+        self.conn_id = -1                      # of the signal under way; route-only, it is no session (D19)
+        self.timer: Timer | None = None        # the next one
+        self.patience: Timer | None = None     # with the one under way
+
+    def plan(self, first: bool = False) -> None:
+        """Arm the next one, if the planner wants any."""
+        pause_s = self.link.pool.planner.signal_pause(first)
+        self.timer = None if pause_s is None else self.link.pool.loop.call_later(pause_s, self.send)
+
+    def send(self) -> None:
+        """Ask for a sign of life."""
+        pool = self.link.pool
+        self.plan()
+        if self.meta is None:
+            pool.me.count("rpc_proxy_req_signal_skipped_no_meta_total")
+        elif self.link.holding or self.conn_id >= 0:
+            pool.me.count("rpc_proxy_req_signal_failed_total")
+        else:
+            framing, client, ours, ad_tag = self.meta
+            self.conn_id = pool.bindings.new_id()
+            self.link.push(RequestHead(framing, self.conn_id, client, ours, ad_tag).build(b"", False))
+            pool.me.count("rpc_proxy_req_signal_sent_total")
+            self.patience = pool.loop.call_later(_SIGNAL_S, self.end)
+
+    def end(self, answered: bool = False, closed: bool = False) -> None:
+        """An answer came (closed: it was a close), or the time for one is over."""
+        count = self.link.pool.me.count
+        if self.patience is not None:
+            self.patience.cancel()
+        count("rpc_proxy_req_signal_response_total", answered)
+        if not closed:
+            self.link.push(build_close(self.conn_id))
+            count("rpc_proxy_req_signal_close_sent_total")
+        self.conn_id = -1
+
+    def cancel(self) -> None:
+        """The link ends."""
+        for timer in (self.timer, self.patience):
+            if timer is not None:
+                timer.cancel()
+
+
 class MeLink:
     """One link to a middle end.  Ends in exactly one of pool.on_dial_failed, pool.on_link_lost and close()."""
 
     __slots__ = ("pool", "id", "dc", "endpoint", "cycle", "stream", "shake", "inlet", "out", "heart", "bound", "holding", "ready_at",
-                 "meta", "signal_timer")
+                 "signal")
 
     def __init__(self, pool: Pool, order: OpenLink) -> None:
         self.pool, self.id, self.dc, self.endpoint = pool, order.link_id, order.dc, order.endpoint
@@ -10263,8 +10313,7 @@ class MeLink:
         self.bound: dict[int, Bound] = {}      # by connection id
         self.holding = False                   # its clients are not read
         self.ready_at = math.inf
-        self.meta: Meta | None = None          # of the last session, for activity signals
-        self.signal_timer: Timer | None = None
+        self.signal = Signal(self)
         self.cycle: Cycle | None = pool.dial(self.endpoint, self.dc, self._on_connected)
 
     # -- coming up
@@ -10329,6 +10378,7 @@ class MeLink:
         self.ready_at = pool.loop.now
         pool.on_link_ready(self, shake.ends)
         self.beat()
+        self.signal.plan(True)
         self._run(self.inlet.rest())
 
     # -- messages
@@ -10375,6 +10425,8 @@ class MeLink:
                 touched[session] = None
         elif kind in (RPC_CLOSE_EXT, RPC_CLOSE_CONN):
             session = self.bound.get(number)
+            if number == self.signal.conn_id:
+                self.signal.end(answered=True, closed=True)
             if session is not None:
                 touched.pop(session, None)
                 self.unbind(session)
@@ -10387,7 +10439,10 @@ class MeLink:
             log_me.debug("Unknown RPC", link=self.id, kind=f"0x{kind:08x}", size=size)
 
     def _on_stray(self, conn_id: int) -> None:
-        """An answer for nobody: its session has ended, perhaps a moment ago."""
+        """An answer for nobody: its session has ended, perhaps a moment ago; or for a signal."""
+        if conn_id == self.signal.conn_id:
+            self.signal.end(answered=True)
+            return
         self.pool.me.count("route_drop_no_conn_total")
         if not self.holding:                   # somebody who does not read need not be told
             self.push(build_close(conn_id))
@@ -10433,7 +10488,7 @@ class MeLink:
     def bind(self, session: Bound, meta: Meta) -> None:
         """A session uses this link from now on."""
         self.bound[session.conn_id] = session
-        self.meta = meta
+        self.signal.meta = meta
         self.pool.planner.on_bound(self.pool.loop.now, self.id, session.dc)
         if self.holding:
             session.hold(True)
@@ -10483,9 +10538,9 @@ class MeLink:
         if self.cycle is not None:
             self.cycle.abort()
             self.cycle = None
-        for timer in (self.heart.timer, self.signal_timer):
-            if timer is not None:
-                timer.cancel()
+        self.signal.cancel()
+        if self.heart.timer is not None:
+            self.heart.timer.cancel()
         if self.stream is not None:
             self.stream.close()
         self.stream = self.out = self.shake = None
@@ -10782,7 +10837,6 @@ _SECRET_RETRY_S: Final = 5.0              # without any secret (middle-proxy-wir
 _SECRET_RETRY_MAX_S: Final = 300.0
 _LIST_PAUSES_S: Final = (1.0, 5.0)       # between the attempts of one cycle
 _DOWNLOAD_S: Final = 15.0
-_HTTP_HEAD_MAX: Final = 16_384
 _USER_AGENT: Final = "telemt-middle-proxy/1"
 
 
@@ -10857,7 +10911,7 @@ class Directory:
     def _on_first_secret(self, result: Download | Exception) -> None:
         try:
             data = self._judge_secret(result)
-        except (TelemtError, OSError) as error:
+        except (TelemtError, OSError, ImportError) as error:
             log_me.warn("proxy-secret download failed: %s; trying the cache file", describe(error))
             path = self.general.proxy_secret_path
             self.loop.offload(lambda: read_small_file(path, SECRET_BODY_MAX), self._on_cached_secret)
@@ -11023,7 +11077,7 @@ class Directory:
     def _on_secret(self, result: Download | Exception) -> None:
         try:
             data = self._judge_secret(result)
-        except (TelemtError, OSError) as error:
+        except (TelemtError, OSError, ImportError) as error:
             log_me.warn("proxy-secret update failed: %s", describe(error))
             return
         if self.secret_rule.see(data, self.general.proxy_secret_stable_snapshots) != "ready":
@@ -11067,41 +11121,41 @@ def read_small_file(path: str, limit: int) -> bytes:
     return data
 
 
-def split_url(url: str) -> tuple[bool, str, int, str]:
-    """Return (https, host, port, path with query) of a URL that `HTTPS` of room 2 has passed."""
-    scheme, _, rest = url.partition("://")
-    authority, slash, path = rest.partition("/")
-    host, colon, port = authority.rpartition(":") if not authority.endswith("]") else ("", "", authority)
-    if not colon:
-        host, port = authority, "443" if scheme == "https" else "80"
-    return scheme == "https", host.removeprefix("[").removesuffix("]"), int(port), slash + path or "/"
-
-
 class Downloads:
     """Fetches small files over the configured ways out; the blocking half runs in a helper thread (middle-proxy-wire.md D1)."""
 
     def __init__(self, loop: Loop, upstreams: Upstreams) -> None:
         self.loop, self.upstreams = loop, upstreams
 
-    def fetch(self, url: str, limit: int, done: Callable[[Download | Exception], None]) -> None:
+    def fetch(self, text: str, limit: int, done: Callable[[Download | Exception], None]) -> None:
         """Call done(answer or the error) once.  network.dns_overrides do not apply (upstream-and-relay.md 6)."""
-        _https, host, port, _path = split_url(url)
-        deadline = time.monotonic() + _DOWNLOAD_S
+        url, deadline_at = parse_url(text), time.monotonic() + _DOWNLOAD_S
 
         def on_names(found: list[str] | Exception) -> None:
             if isinstance(found, Exception):
                 done(found)
             else:
-                self.upstreams.connect([(ip, port) for ip in found], on_connected, blame=False)
+                self.upstreams.connect([(ip, url.port) for ip in found], on_connected, blame=False)
 
         def on_connected(result: Connected | RouteError) -> None:
             if isinstance(result, RouteError):
                 done(result)
             else:
                 sock = result.stream.release()
-                self.loop.offload(lambda: http_get(sock, url, limit, deadline), done)
+                self.loop.offload(lambda: download(sock, url, limit, deadline_at), done)
 
-        resolve(self.loop, host, port, on_names)
+        resolve(self.loop, url.host, url.port, on_names)
+
+
+def download(sock: socket.socket, url: Url, limit: int, deadline_at: float) -> Download:
+    """The answer to a GET over a connected socket, which is closed; for helper threads.  Raises OSError, RouteError, ImportError."""
+    try:
+        answer = http_over(sock, url, limit + 1, deadline_at, _USER_AGENT)
+    except ValueError as error:
+        raise RouteError(str(error)) from None
+    if len(answer.body) > limit:
+        raise RouteError(f"{url.host} sent more than {limit} bytes")
+    return Download(answer.status, answer.body, parse_http_date(answer.headers.get("date", "")))
 
 
 _MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -11116,51 +11170,6 @@ def parse_http_date(text: str) -> float | None:
     except ValueError:
         return None
     return moment.timestamp() if zone == "GMT" else None
-
-
-def http_get(sock: socket.socket, url: str, limit: int, deadline: float) -> Download:
-    """GET `url` over a connected socket and close it; for helper threads.  deadline: monotonic.  Raises OSError or RouteError.
-
-    HTTP/1.0, so that nothing comes in chunks.  A body longer than `limit` is an error, and so is one cut short.
-    """
-    https, host, port, path = split_url(url)
-    with contextlib.closing(sock):
-        sock.setblocking(True)
-        sock.settimeout(max(0.1, deadline - time.monotonic()))
-        if https:
-            import ssl  # 5 MB: only where something is downloaded
-            # As bytes: a str needs the idna codec, which the smallest routers lack (platform.md 1).
-            sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host.encode("ascii"))
-        with contextlib.closing(sock), sock.makefile("rwb") as file:
-            host_text = format_address(host, port) if port not in (80, 443) else f"[{host}]" if ":" in host else host
-            file.write(f"GET {path} HTTP/1.0\r\nHost: {host_text}\r\nUser-Agent: {_USER_AGENT}\r\nAccept: */*\r\n\r\n".encode("ascii"))
-            file.flush()
-            data = bytearray()
-            while piece := file.read1(16_384):
-                data += piece
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-                if len(data) > limit + _HTTP_HEAD_MAX:
-                    raise RouteError(f"HTTP answer of {host} is too long")
-                sock.settimeout(left)
-    return parse_http_answer(bytes(data), limit)
-
-
-def parse_http_answer(data: bytes, limit: int) -> Download:
-    """What a whole HTTP answer says.  Raises RouteError."""
-    head, separator, body = data.partition(b"\r\n\r\n")
-    first, *lines = head.decode("latin-1").split("\r\n")
-    words = first.split(" ", 2)
-    if not separator or not first.startswith("HTTP/1.") or len(words) < 2 or not (words[1].isascii() and words[1].isdigit()):
-        raise RouteError("HTTP answer is not one")
-    fields = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    length = fields.get("content-length", "")
-    if length.isascii() and length.isdigit() and len(body) != int(length):
-        raise RouteError(f"HTTP body cut short: {len(body)} of {length} bytes")
-    if len(body) > limit:
-        raise RouteError(f"HTTP body of {len(body)} bytes, at most {limit} wanted")
-    return Download(int(words[1]), body, parse_http_date(fields.get("date", "")))
 
 
 def _last_heard(session: Bound) -> float:

@@ -37,8 +37,11 @@ class Script:
         self.said.append(("beat", link_id, heard))
         return Beat(self.pings, self.dead, 5.0)
 
+    signal_s = None
+
     def signal_pause(self, first=False):
-        return None
+        self.said.append(("signal_pause", first))
+        return self.signal_s
 
     def route(self, now, dc, has_direct, waited=False):
         self.said.append(("route", dc, has_direct, waited))
@@ -344,6 +347,30 @@ def test_middle_end_that_does_not_read_pauses_clients_until_it_does(rig, me):
     assert pong < sent - 20 and late.held == [True, False]
 
 
+def test_activity_signals(rig, me):
+    rig.planner.signal_s = 20.0
+    link, far = rig.open(me)
+    assert rig.planner.told("signal_pause") == [[True]]
+    rig.loop.turn(20.0)                        # nobody was ever here
+    assert rig.total("rpc_proxy_req_signal_skipped_no_meta_total") == 1 and rig.planner.told("signal_pause")[-1] == [False]
+    session = rig.bind(link)
+    rig.request(link)
+    rig.until(lambda: session.answers)
+    rig.loop.turn(20.0)
+    rig.until(lambda: far.closes)
+    signal = far.requests[-1]
+    assert (signal.data, signal.client, signal.flags) == (b"", META.client, 0x20021000) and far.closes == [(signal.conn_id, "conn")]
+    assert [rig.total(f"rpc_proxy_req_signal_{word}_total") for word in ("sent", "response", "close_sent", "failed")] == [1, 1, 1, 0]
+    me.on_req = lambda *_: []                  # this one is not answered
+    rig.loop.turn(20.0)
+    rig.until(lambda: len(far.requests) == 3)
+    rig.loop.turn(0.8)
+    rig.until(lambda: len(far.closes) == 2)
+    assert [rig.total(f"rpc_proxy_req_signal_{word}_total") for word in ("sent", "response", "close_sent", "failed")] == [2, 1, 2, 0]
+    assert rig.planner.told("on_bound") == [[1, 2]] and rig.planner.told("on_unbound") == [] and session.closed is None
+    assert rig.total("route_drop_no_conn_total") == 0
+
+
 # -- the driver
 
 def test_actions(rig, me):
@@ -644,26 +671,10 @@ def test_a_shorter_period_runs_at_once_a_longer_one_waits(tmp_path):
     assert len(world.asked) == 1
 
 
-@pytest.mark.parametrize(("url", "parts"), [
-    ("https://core.telegram.org/getProxySecret", (True, "core.telegram.org", 443, "/getProxySecret")),
-    ("http://127.0.0.1:8080/x?y=1", (False, "127.0.0.1", 8080, "/x?y=1")), ("http://[::1]:81/", (False, "::1", 81, "/")),
-    ("http://[::1]/a", (False, "::1", 80, "/a")), ("https://example.org", (True, "example.org", 443, "/"))])
-def test_split_url(url, parts):
-    assert telemt.split_url(url) == parts
-
-
 def test_http_date():
     assert telemt.parse_http_date("Tue, 15 Nov 1994 08:12:31 GMT") == 784887151.0
     for text in ("", "Tue, 15 Nov 1994 08:12:31 CET", "Tue, 15 Foo 1994 08:12:31 GMT", "Tue, 99 Nov 1994 08:12:31 GMT", "now"):
         assert telemt.parse_http_date(text) is None
-
-
-@pytest.mark.parametrize(("answer", "text"), [
-    (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nabc", "cut short: 3 of 5"), (b"HTTP/1.1 200 OK\r\n", "is not one"), (b"", "is not one"),
-    (b"SSH-2.0-x\r\n\r\n", "is not one"), (b"HTTP/1.1 abc\r\n\r\n", "is not one"), (b"HTTP/1.0 200\r\n\r\n" + bytes(101), "at most 100")])
-def test_bad_http_answers(answer, text):
-    with pytest.raises(RouteError, match=text):
-        telemt.parse_http_answer(answer, 100)
 
 
 def test_downloads_end_to_end():
