@@ -1,4 +1,4 @@
-"""Real programs for the journeys: nginx as the mask site, HAProxy in front; both from Debian, started on loopback, stopped by pid.
+"""Real programs for the journeys: nginx as the mask site, HAProxy in front, SOCKS servers; from Debian, on loopback, stopped by pid.
 
 Nothing is installed here: `make deps-test` does that, and `needs("nginx")` skips a test where a program is missing.
 """
@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -161,3 +162,82 @@ def curl(port: int, path: str, *words: str, timeout: float = 60) -> dict[str, An
     body, _, facts = run.stdout.rpartition(b"\n")
     status, version = facts.decode().split()
     return {"status": int(status), "version": version, "body": body}
+
+
+# -- SOCKS servers; none of them can reach more than loopback
+
+class Microsocks(Program):
+    """SOCKS5, with a login if one is given."""
+
+    def __init__(self, folder: Path, login: tuple[str, str] | None = None, port: int = 0) -> None:
+        folder.mkdir(parents=True)
+        port = port or free_port()
+        words = ["-u", login[0], "-P", login[1]] if login else []
+        super().__init__(folder, [path_of("microsocks"), "-i", "127.0.0.1", "-p", str(port), "-b", "127.0.0.1", *words], port)
+
+
+DANTE = """
+logoutput: stderr
+internal: 127.0.0.1 port = {port}
+external: lo
+clientmethod: none
+socksmethod: none
+user.notprivileged: {user}
+client pass {{ from: 127.0.0.0/8 to: 0.0.0.0/0 }}
+socks pass {{ from: 127.0.0.0/8 to: 127.0.0.0/8 protocol: tcp }}
+socks pass {{ from: 127.0.0.0/8 to: ::1/128 protocol: tcp }}
+"""
+
+
+class Dante(Program):
+    """SOCKS4 and SOCKS5 without login, towards IPv4 and IPv6."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        port = free_port()
+        (folder / "danted.conf").write_text(DANTE.format(port=port, user=pwd.getpwuid(os.getuid()).pw_name))
+        super().__init__(folder, [path_of("danted"), "-f", "danted.conf", "-p", str(folder / "danted.pid")], port)
+
+
+SSHD = """
+Port {port}
+ListenAddress 127.0.0.1
+HostKey {folder}/host
+AuthorizedKeysFile {folder}/user.pub
+StrictModes no
+UsePAM no
+PasswordAuthentication no
+PermitRootLogin prohibit-password
+PidFile none
+AllowTcpForwarding local
+PermitOpen 127.0.0.1:* [::1]:*
+"""
+
+
+class SshSocks(Program):
+    """`ssh -D`: SOCKS4 and SOCKS5, through an sshd of the test's own with keys of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        for name in ("host", "user"):
+            subprocess.run([path_of("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+        far = free_port()
+        (folder / "sshd").mkdir()
+        (folder / "sshd_config").write_text(SSHD.format(port=far, folder=folder))
+        with contextlib.suppress(OSError):
+            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)     # where sshd locks itself in; its package makes it at boot
+        self.server = Program(folder / "sshd", [path_of("sshd"), "-D", "-e", "-f", str(folder / "sshd_config")], far)
+        port = free_port()
+        try:
+            super().__init__(folder, [
+                path_of("ssh"), "-F", "none", "-N", "-D", f"127.0.0.1:{port}", "-p", str(far), "-i", str(folder / "user"),
+                "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no",
+                "-o", f"UserKnownHostsFile={folder}/known", "-o", "ExitOnForwardFailure=yes",
+                f"{pwd.getpwuid(os.getuid()).pw_name}@127.0.0.1"], port)
+        except BaseException:
+            self.server.close()
+            raise
+
+    def close(self) -> None:
+        super().close()
+        self.server.close()
