@@ -4859,9 +4859,9 @@ class UserTable:
 
     def apply(self, access: Access) -> None:
         """Take secrets and limits from `access`; a user that stays keeps its counters."""
-        before, self.users = self.users, {}
+        before, users = self.users, dict[str, User]()
         for name, secret in access.users.items():
-            user = self.users[name] = before.get(name) or User(name)
+            user = users[name] = before.get(name) or User(name)
             key = bytes.fromhex(secret)
             if key != user.secret:
                 user.secret, user.sign = key, KeyedHmac(key)
@@ -4873,6 +4873,7 @@ class UserTable:
             user.quota = access.user_data_quota.get(name, UNLIMITED)
             if user.mark:
                 user.mark = user.quota
+        self.users = users                     # whole: other threads read it
         self._home = {ip: user for ip, user in self._home.items() if self.users.get(user.name) is user}
 
     def candidates(self, ip: str, now: float, each_s: float) -> Iterator[User]:

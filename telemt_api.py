@@ -2005,7 +2005,10 @@ class Store:
             remove_leftovers(os.path.realpath(path), time.time())
 
     def _read(self, path: str) -> bytes:
-        with open(path, "rb") as file:
+        # Somebody may put a pipe there: whoever waited for its other end would hold the lock for ever.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
             return file.read()
 
     def _decode(self, path: str, data: bytes) -> str:
@@ -2120,7 +2123,7 @@ def _overwrite(path: str, data: bytes) -> None:
     try:
         old = os.pread(fd, os.fstat(fd).st_size, 0)
         try:
-            if len(data) > len(old):
+            if len(data) > len(old) and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(fd, 0, len(data))
             os.lseek(fd, 0, os.SEEK_SET)
             _write_all(fd, data)

@@ -299,3 +299,18 @@ def test_the_mark_follows_the_quota_unless_the_next_byte_is_waited_for():
     alice.mark = 0
     apply(30)
     assert alice.mark == 0
+
+
+def test_users_are_published_whole():
+    """Other threads read the table: they must never see a part of it."""
+    seen = []
+
+    class Slow(dict):
+        def items(self):
+            for item in super().items():
+                seen.append(len(users.users))
+                yield item
+
+    users = table()
+    users.apply(settings_of("").access.but(users=Slow(alice=SECRET, bob=OTHER, carol=OTHER)))
+    assert seen == [2, 2, 2] and len(users.users) == 3

@@ -222,6 +222,14 @@ def test_a_missing_file(bench: Bench) -> None:
         bench.store.revision()
 
 
+def test_a_pipe_in_its_place_is_not_waited_for(bench: Bench) -> None:
+    bench.path.unlink()
+    os.mkfifo(bench.path)
+    assert bench.refusal("create", "eve")[2] == "failed to read config: not a regular file (os error 22)"
+    with pytest.raises(ApiError, match="not a regular file"):
+        bench.store.revision()
+
+
 def test_what_cannot_be_applied_is_written_all_the_same(bench: Bench, logged: list[tuple[telemt.Level, str]]) -> None:
     bench.port.fails = TimeoutError("the data plane did not answer")
     assert bench.do("create", "eve", C).changed
