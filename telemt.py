@@ -8588,6 +8588,7 @@ def decide_families(network: Network, detected_v4: str | None, detected_v6: str 
     return Families(ipv4, ipv6, network.prefer == 6 and ipv6)
 
 
+@functools.lru_cache(64)                     # overrides and bind addresses are read for every session, and there are few
 def parse_target(text: str) -> Target:
     """Return (ip, port) of `ip:port` or `[ip6]:port`; ValueError for anything else."""
     found = parse_ip_port(text)
@@ -9264,7 +9265,7 @@ class Route:
         Raises RouteError when a configured binding cannot be met: never leave through another address (D4).
         """
         v6, interface = ":" in target[0], self.entry.interface
-        literal = parse_ip(interface) is not None
+        literal = bool(interface) and parse_ip(interface) is not None
         if self.entry.bind_addresses:
             pool = [ip for ip in self.entry.bind_addresses if _is_family(ip, v6)]
             if interface and not literal:
@@ -9330,6 +9331,7 @@ class Route:
                 "dc": [{"dc": dc, "latency_ema_ms": path.ema_ms, "ip_preference": path.label()} for dc, path in self.paths.items()]}
 
 
+@functools.lru_cache(64)
 def _is_family(text: str, v6: bool) -> bool:
     try:
         return ipaddress.ip_address(text).version == (6 if v6 else 4)
