@@ -22,7 +22,7 @@ SHELL   := /bin/sh
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run venv deps-test test check lint types house fuzz laws soak bench bench-check test-all clean
+.PHONY: help run venv deps-test test check lint types house fuzz laws soak bench bench-check docs test-all clean
 
 help: ## list the targets
 	@while IFS= read -r line; do \
@@ -68,6 +68,9 @@ fuzz: $(STAMP) ## mutate the input of every parser, RUNS=100000 times each; ARGS
 bench: $(STAMP) ## measure against bare loops and write docs/performance.md; QUICK=1 ends in two minutes and writes nothing
 	"$(PY)" tools/bench.py $(if $(QUICK),--quick,--write) $(ARGS)
 	"$(PY)" tools/bench_api.py $(if $(QUICK),--rounds 3 --seconds 1,--write)
+
+docs: ## write docs/api.md from the tables of telemt_api.py
+	@python=$$($(FIND) pick "$(PYTHON)") && PYTHONPATH=. "$$python" -B tools/api_docs.py
 
 bench-check: $(STAMP) ## exit 1 where a ratio is worse than the committed table by a quarter, twice in a row
 	"$(PY)" tools/bench.py --check $(ARGS)

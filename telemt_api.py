@@ -875,18 +875,30 @@ def _render_users(facts: Facts) -> Iterator[str]:
         yield from _pieces(f'{name}{{user="{user}"}} {value(source)}\n' for user, source in seen)
     if not on:
         return
-    bound = [(label(user.name), len(user.ips), facts.ip_limits.get(user.name, 0)) for user in facts.users
-             if user.ips or user.name in facts.ip_limits][:SERIES_USERS_MAX]
-    yield _head("telemt_user_unique_ips_current", "gauge", "Source addresses of the user now.")
-    yield from _pieces(f'telemt_user_unique_ips_current{{user="{user}"}} {now}\n' for user, now, _ in bound)
-    yield _head("telemt_user_unique_ips_limit", "gauge", "access.user_max_unique_ips; 0 = unset.")
-    yield from _pieces(f'telemt_user_unique_ips_limit{{user="{user}"}} {limit}\n' for user, _, limit in bound)
-    yield _head("telemt_user_unique_ips_utilization", "gauge", "Part of the limit that is used.")
-    yield from _pieces(f'telemt_user_unique_ips_utilization{{user="{user}"}} {now / limit if limit else 0:.6f}\n'
-                       for user, now, limit in bound)
-    recent = [(label(user.name), len(user.recent_ips(facts.now))) for user in facts.users if user.recent or user.ips][:SERIES_USERS_MAX]
-    yield _head("telemt_user_unique_ips_recent_window", "gauge", "Source addresses connected now or within the last 30 s.")
-    yield from _pieces(f'telemt_user_unique_ips_recent_window{{user="{user}"}} {count}\n' for user, count in recent)
+    for name, help, listed, shown in USER_IP_TABLE:
+        yield _head(name, "gauge", help)
+        users = [user for user in facts.users if user.ips or listed(user, facts)][:SERIES_USERS_MAX]
+        yield from _pieces(f'{name}{{user="{label(user.name)}"}} {shown(user, facts)}\n' for user in users)
+
+
+def _has_limit(user: User, facts: Facts) -> bool:
+    return user.name in facts.ip_limits
+
+
+def _utilization(user: User, facts: Facts) -> str:
+    limit = facts.ip_limits.get(user.name, 0)
+    return f"{len(user.ips) / limit if limit else 0:.6f}"
+
+
+# name, help, who is listed beside those who are connected, value
+USER_IP_TABLE: Final[Sequence[tuple[str, str, Callable[[User, Facts], bool], Callable[[User, Facts], int | str]]]] = (
+    ("telemt_user_unique_ips_current", "Source addresses of the user now.", _has_limit, lambda user, facts: len(user.ips)),
+    ("telemt_user_unique_ips_limit", "access.user_max_unique_ips; 0 = unset.", _has_limit,
+     lambda user, facts: facts.ip_limits.get(user.name, 0)),
+    ("telemt_user_unique_ips_utilization", "Part of the limit that is used.", _has_limit, _utilization),
+    ("telemt_user_unique_ips_recent_window", "Source addresses connected now or within the last 30 s.",
+     lambda user, facts: bool(user.recent), lambda user, facts: len(user.recent_ips(facts.now))),
+)
 
 
 def _pieces(lines: Iterable[str], size: int = 100) -> Iterator[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import api_docs
 import house_check
 import telemt
 
@@ -261,6 +262,10 @@ def test_the_readme_has_the_two_commands() -> None:
     commands = commands_in("README.md")
     assert ["python3", "telemt.py", "config.toml"] in commands
     assert ["make", "test"] in commands
+
+
+def test_the_document_of_the_api_is_current() -> None:
+    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == api_docs.render(), "run make docs"
 
 
 def test_help_lists_every_target() -> None:

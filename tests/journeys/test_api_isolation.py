@@ -1,0 +1,188 @@
+"""What HTTP clients may do to the API, and what of it the sessions notice: nothing (api.md 2, 14.1)."""
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from doubles import MIB, Rig, free_port, poll
+from tests.api_client import ApiClient
+
+
+@pytest.fixture
+def serve(rig: Rig) -> Iterator[Callable[..., int]]:
+    """serve(config, **server_api) -> port of the API of a new proxy."""
+    def begin(config: dict[str, Any] | None = None, **keys: Any) -> int:
+        port = free_port()
+        config = dict(config or {})
+        server = dict(config.pop("server", {})) | {"api": {"enabled": True, "listen": f"127.0.0.1:{port}", **keys}}
+        rig.proxy({**config, "server": server}).wait_log("API endpoint")
+        return port
+    yield begin
+
+
+def knock(port: int) -> socket.socket:
+    sock = socket.create_connection(("127.0.0.1", port), timeout=30)
+    sock.settimeout(30)
+    return sock
+
+
+def read_all(sock: socket.socket) -> bytes:
+    found = b""
+    with contextlib.suppress(ConnectionError):
+        while data := sock.recv(65536):
+            found += data
+    return found
+
+
+def transfer_beside(rig: Rig, attack: Callable[[], None]) -> None:
+    """A FakeTLS session that moves 24 MiB both ways, checked to the byte, while `attack` runs."""
+    client = rig.client("alice")
+    client.req_pq()
+    thread = threading.Thread(target=attack)
+    thread.start()
+    try:
+        for seed in range(3):
+            client.download(4 * MIB, seed=seed + 1)
+            client.upload(4 * MIB, seed=seed + 7)
+    finally:
+        thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_a_thousand_idle_connections(serve: Callable[..., int], rig: Rig) -> None:
+    """64 of them get a place, the others are closed at once; sessions go on, and so does the API when they have left."""
+    port = serve()
+    socks: list[socket.socket] = []
+
+    def crowd() -> None:
+        for _ in range(1000):
+            with contextlib.suppress(OSError):
+                socks.append(knock(port))
+
+    transfer_beside(rig, crowd)
+    proxy = rig.proxies[-1]
+    poll(lambda: proxy.fds()["tcp"] <= 64 + 4, "only 64 connections of the API are kept", 20)
+    assert len(socks) >= 900
+    for sock in socks:
+        sock.close()
+    poll(lambda: proxy.fds()["tcp"] <= 4, "their places are free again", 20)
+    client = ApiClient(port)
+    assert client.get("/v1/health")["status"] == "ok"
+    client.close()
+
+
+def test_idle_connections_make_room_for_who_asks(serve: Callable[..., int], rig: Rig) -> None:
+    """A client that holds all places and says nothing locks nobody out for longer than some seconds."""
+    port = serve()
+    socks = [knock(port) for _ in range(64)]
+    assert read_all(knock(port)) == b""                     # full: closed at once
+
+    def asks() -> bool:
+        with contextlib.suppress(ConnectionError), contextlib.closing(ApiClient(port)) as client:
+            return client.get("/v1/health")["status"] == "ok"
+        return False
+    poll(asks, "somebody who rests made room", 20)
+    for sock in socks:
+        sock.close()
+
+
+def test_slow_requests_hold_up_nobody(serve: Callable[..., int], rig: Rig) -> None:
+    """Slow loris on head and body, and clients that never read their answer, beside a session and beside another API client."""
+    port = serve(request_body_limit_bytes=1_000_000)
+    socks = [knock(port) for _ in range(30)]
+    stop = threading.Event()
+
+    def attack() -> None:
+        for number, sock in enumerate(socks):
+            sock.sendall([b"GET /v1/he", b"POST /v1/users HTTP/1.1\r\nContent-Length: 1000\r\n\r\n{",
+                          b"GET /v1/openapi.json HTTP/1.1\r\n\r\n" * 50][number % 3])
+        while not stop.wait(0.1):
+            for number, sock in enumerate(socks):
+                with contextlib.suppress(OSError):
+                    if number % 3 < 2:
+                        sock.sendall(b"x")
+
+    client = ApiClient(port)
+    thread = threading.Thread(target=attack)
+    thread.start()
+    try:
+        slowest = 0.0
+
+        def panel() -> None:
+            nonlocal slowest
+            for _ in range(50):
+                begin = time.monotonic()
+                client.get("/v1/stats/zero/all")
+                slowest = max(slowest, time.monotonic() - begin)
+        transfer_beside(rig, panel)
+        assert slowest < 5.0
+    finally:
+        stop.set()
+        thread.join()
+        client.close()
+        for sock in socks:
+            sock.close()
+
+
+@pytest.mark.parametrize(("data", "status"), [
+    (b"GET / HTTP/1.1\r\nA: " + b"a" * MIB + b"\r\n\r\n", 431), (b"G" * MIB, 414), (b"GET /" + b"a" * MIB + b" HTTP/1.1\r\n\r\n", 414),
+    (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200_000 + b"\r\n", 431),
+    (b"POST /v1/users HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n{}   ", 400),
+    (b"POST /v1/users HTTP/1.1\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}", 400),
+    (b"POST /v1/users HTTP/1.1\r\nContent-Length: 999999999999\r\n\r\n" + b"{" * MIB, 413)],
+    ids=["1 MB header", "1 MB without a line", "1 MB line", "200,000 headers", "two lengths", "length and chunks", "endless body"])
+def test_wrong_requests_beside_a_session(serve: Callable[..., int], rig: Rig, data: bytes, status: int) -> None:
+    port = serve()
+
+    def attack() -> None:
+        for _ in range(10):
+            sock = knock(port)
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(data)
+            found.append(read_all(sock))
+            sock.close()
+
+    found: list[bytes] = []
+    transfer_beside(rig, attack)
+    assert len(found) == 10
+    assert {answer[:12] for answer in found if answer} == {b"HTTP/1.1 %d" % status}     # a reset may eat an answer, not all
+
+
+def test_pipelined_and_chunked_requests_are_answered_in_order(serve: Callable[..., int], rig: Rig) -> None:
+    port = serve()
+    sock = knock(port)
+    body = b'{"username":"carol"}'
+    chunks = b"".join(b"1;ext=1\r\n" + body[at:at + 1] + b"\r\n" for at in range(len(body))) + b"0\r\nTrailer: x\r\n\r\n"
+    sock.sendall(b"GET /v1/health HTTP/1.1\r\n\r\n" * 20 + b"POST /v1/users HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks
+                 + b"GET /v1/users/carol HTTP/1.1\r\nConnection: close\r\n\r\n")
+    found = read_all(sock)
+    statuses = re.findall(rb"HTTP/1\.1 (\d+)", found)
+    assert statuses == [b"200"] * 20 + [b"201", b"200"]
+    sock.close()
+
+
+def test_a_thousand_requests_per_connection(serve: Callable[..., int], rig: Rig) -> None:
+    port = serve()
+    sock = knock(port)
+    sock.sendall(b"HEAD /v1/health HTTP/1.1\r\n\r\n" * 1001)
+    found = read_all(sock)
+    assert found.count(b"HTTP/1.1 404") == 1000 and found.count(b"Connection: close") == 1
+    sock.close()
+
+
+def test_the_api_answers_while_the_data_plane_is_busy_and_stops_with_it(serve: Callable[..., int], rig: Rig) -> None:
+    """Requests during a stop cost nothing: the process is gone within its four seconds."""
+    port = serve(minimal_runtime_enabled=True)
+    socks = [knock(port) for _ in range(20)]
+    for sock in socks:
+        sock.sendall(b"POST /v1/users HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")
+    rig.proxies[-1].stop()
+    for sock in socks:
+        sock.close()
