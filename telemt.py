@@ -3158,6 +3158,7 @@ class FrontProfile(NamedTuple):
     # Samples for hellos without the X25519MLKEM768 share, where the host prefers that group: OpenSSL then adds its list of
     # groups, 10 bytes.  Empty: the same.
     plain: tuple[int, ...] = ()
+    host: str = ""                                               # who was asked; empty = not known
 
     def shape(self, entropy: Entropy, hybrid: bool = True) -> FrontShape:
         """The looks of one answer: one of the samples, as far as clients accept it.  hybrid: the client sent that share."""
@@ -3640,7 +3641,7 @@ def build_front_file(domain: str, profile: FrontProfile, hello: ServerHello) -> 
         "total_app_data_len": max(size, 1024), "domain": domain,
         "profile": {"v": 1, "suite": profile.suite, "group": profile.group, "order": list(profile.order),
                     "flights": list(profile.flights), "fetched_at": int(profile.fetched_wall),
-                    **({"plain": list(profile.plain)} if profile.plain else {})},
+                    "host": profile.host, **({"plain": list(profile.plain)} if profile.plain else {})},
     }, indent=2).encode()
 
 
@@ -3686,7 +3687,8 @@ def _parse_profile(document: Any) -> FrontProfile:
     if sorted(order) != [_EXT_VERSIONS, _EXT_SHARES] or fetched_at > 1 << 40:
         raise ValueError("not a profile")
     plain = _numbers(entry, "plain", _FLIGHT_IN_MAX, FRONT_SAMPLES) if "plain" in entry else ()
-    return FrontProfile(flights, suite, group, order, float(fetched_at), "file", plain)
+    host = _expect(str, entry, "host") if "host" in entry else ""
+    return FrontProfile(flights, suite, group, order, float(fetched_at), "file", plain, host)
 
 
 def _expect(kind: type[_T], table: Any, name: str) -> _T:
@@ -11759,13 +11761,14 @@ class Fetch:
     Where the host prefers X25519MLKEM768, the last one asks without it, as older clients do: `plain` is the sample of that.
     """
 
-    __slots__ = ("samples", "plain", "hello", "error", "_fronts", "_domain", "_header", "_probe", "_left", "_hybrid", "_done")
+    __slots__ = ("samples", "plain", "hello", "error", "host", "_fronts", "_domain", "_header", "_probe", "_left", "_hybrid", "_done")
 
     def __init__(self, fronts: FrontProfiles, domain: str, header: bytes, done: Callable[[Fetch], None]) -> None:
         self.samples: list[int] = []
         self.plain: list[int] = []
         self.hello: ServerHello | None = None  # of the last usable answer
         self.error = ""
+        self.host = fronts.host                # whom it asks
         self._fronts, self._domain, self._header = fronts, domain, header
         self._left = FRONT_SAMPLES
         self._hybrid = True
@@ -11854,8 +11857,11 @@ class Front:
         return False
 
     def age(self, now_wall: float) -> float:
-        """Seconds since the profile was measured; infinite without one.  A clock that was set back counts as no time."""
-        return max(0.0, now_wall - self.profile.fetched_wall) if self.profile.source != "default" else math.inf
+        """Seconds since the profile was measured; infinite without one, or if it is another host's.  Time that ran back is no time."""
+        profile = self.profile
+        if profile.source == "default" or profile.host not in ("", self._fronts.host):
+            return math.inf
+        return max(0.0, now_wall - profile.fetched_wall)
 
     def schedule(self, delay_s: float) -> None:
         """Fetch in `delay_s` seconds."""
@@ -11898,7 +11904,7 @@ class Front:
         fronts = self._fronts
         self.fetched, self.failures = True, 0
         self._take(profile_of(fetch.hello)._replace(flights=tuple(fetch.samples), plain=tuple(fetch.plain),
-                                                     fetched_wall=fronts.wall(), source="probe"))
+                                                     fetched_wall=fronts.wall(), source="probe", host=fetch.host))
         log_masking.debug("TLS cache updated", domain=self.domain, len=max(fetch.samples))
         if is_front_name(self.domain):
             text = build_front_file(self.domain, self.profile, fetch.hello).decode()
@@ -12055,6 +12061,12 @@ class FrontProfiles:
     def connect(self, done: Callable[[Stream | RouteError], None]) -> Abortable:
         """Start one connection to the mask host as it is configured now."""
         return self._connect(self._settings, done)
+
+    @property
+    def host(self) -> str:
+        """The mask host as it is configured now."""
+        cert = self._settings.censorship
+        return f"unix:{cert.mask_unix_sock}" if cert.mask_unix_sock else f"{cert.mask_host}:{cert.mask_port}"
 
     def refresh_s(self) -> float:
         """Seconds until a profile is measured again."""

@@ -379,7 +379,7 @@ def test_shape_of_an_answer_is_one_of_the_samples_within_what_clients_accept():
     assert [telemt.FrontProfile((size,)).shape(draw).size for size in (10, 10_240, 15_000)] == [64, 10_240, 10_240]
 
 
-PROFILE = telemt.FrontProfile((2604, 2605), 0x1302, 4588, (51, 43), 1_760_000_000.0, "probe")
+PROFILE = telemt.FrontProfile((2604, 2605), 0x1302, 4588, (51, 43), 1_760_000_000.0, "probe", host="127.0.0.1:8443")
 
 
 HYBRID_HELLO = telemt.parse_server_hello(server_hello(0x1302, 4588, order=(51, 43)))
@@ -411,7 +411,7 @@ def test_file_has_the_layout_of_the_reference():
     assert (document["app_data_records_sizes"], document["total_app_data_len"], document["domain"]) == ([2605], 2605, "example.com")
     assert document["cert_info"] is None and document["cert_payload"] is None
     assert document["profile"] == {"v": 1, "suite": 0x1302, "group": 4588, "order": [51, 43], "flights": [2604, 2605],
-                                   "fetched_at": 1_760_000_000}
+                                   "fetched_at": 1_760_000_000, "host": "127.0.0.1:8443"}
     assert text.startswith('{\n  "server_hello_template": {\n    "version": [\n      3,\n      3\n    ],\n')
     small = telemt.build_front_file("a", PROFILE._replace(flights=(300,)), telemt.parse_server_hello(server_hello()))
     assert json.loads(small)["total_app_data_len"] == 1024
@@ -419,14 +419,14 @@ def test_file_has_the_layout_of_the_reference():
 
 def test_our_file_comes_back_as_it_was():
     assert telemt.parse_front_file(our_file(), 5.0) == ("example.com", PROFILE._replace(source="file"))
-    without = telemt.parse_front_file(our_file(profile__group=None), 5.0)[1]
-    assert without.group == 29 and without.flights == (2604, 2605)
+    without = telemt.parse_front_file(our_file(profile__group=None, profile__host=None), 5.0)[1]
+    assert (without.group, without.flights, without.host) == (29, (2604, 2605), "")
 
 
 @pytest.mark.parametrize("change", [
     {"profile": None}, {"profile__v": 2}, {"profile__group": 23}, {"profile__suite": 0xC02F}, {"profile__order": [43]},
     {"profile__flights": []}, {"profile__flights": [1, 2, 3, 4]}, {"profile__flights": [True]}, {"profile__flights": [-1]},
-    {"profile__plain": [1] * 4}, {"profile__plain": 7},
+    {"profile__plain": [1] * 4}, {"profile__plain": 7}, {"profile__host": 7},
     {"profile__fetched_at": -1},
     {"profile__fetched_at": 1 << 70}, {"profile__fetched_at": 1.5}, {"profile": "x"}, {"profile__order": [43, 43]},
 ])
@@ -454,7 +454,7 @@ REFERENCE_FILE = {                                # as tls-front.md 2.1 prints i
 ])
 def test_file_of_the_reference_is_read(change, expect):
     domain, profile = telemt.parse_front_file(json.dumps({**REFERENCE_FILE, **change}).encode(), 99.5)
-    assert (domain, tuple(profile)) == ("example.com", (*expect, 99.5, "file", ()))
+    assert (domain, tuple(profile)) == ("example.com", (*expect, 99.5, "file", (), ""))
 
 
 @pytest.mark.parametrize("data", [

@@ -136,7 +136,7 @@ def test_three_probes_make_a_profile_and_a_file(bench):
     _, extensions, _ = dissect(hello)
     assert dict(extensions)[0] == b"\0\x0c\0\0\x09a.example" and is_grease(extensions[0][0])
     b.fetch(answer(27, 2574), answer(2602, suite=0x1303))
-    assert b.profile() == FrontProfile((2600, 2601, 2602), 0x1303, 29, (43, 51), b.profile().fetched_wall, "probe")
+    assert b.profile() == FrontProfile((2600, 2601, 2602), 0x1303, 29, (43, 51), b.profile().fetched_wall, "probe", host="a.example:443")
     assert not b.asked and not b.texts() and ("DEBUG", "TLS cache updated domain=a.example len=2602") in b.log
     path = b.folder / "a.example.json"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and os.listdir(b.folder) == ["a.example.json"]
@@ -152,7 +152,7 @@ def test_a_host_that_prefers_the_hybrid_group_is_asked_without_it_too(bench):
     groups = [telemt.parse_client_hello(b.answer(data)).groups for data in (
         answer(2600, group=4588), answer(2601, group=4588, suite=0x1303), answer(2611))]
     assert groups == [{29, 4588}, {29, 4588}, {29}]
-    assert b.profile() == FrontProfile((2600, 2601), 0x1303, 4588, (43, 51), b.profile().fetched_wall, "probe", (2611,))
+    assert b.profile() == FrontProfile((2600, 2601), 0x1303, 4588, (43, 51), b.profile().fetched_wall, "probe", (2611,), "a.example:443")
     assert {b.fronts.shape(None, True).size for _ in range(40)} == {2600, 2601} and b.fronts.shape(None, False).size == 2611
     again = Bench(b.folder)
     assert again.profile() == b.profile()._replace(source="file", fetched_wall=float(int(b.profile().fetched_wall)))
@@ -452,6 +452,17 @@ def test_a_fresh_file_is_used_and_not_asked_again(bench, tmp_path):
     assert any(14_400 - 3600 <= timer.at - b.loop.now <= 28_800 - 3600 for timer in b.loop._timers)
     b.turn(5.0)
     assert not b.texts()
+
+
+@pytest.mark.parametrize(("host", "asked"), [("a.example:443", False), ("", False), ("b.example:443", True), ("unix:/x", True)])
+def test_a_fresh_file_of_another_host_is_used_but_asked_again(bench, tmp_path, host, asked):
+    """The operator chose another mask host and started again."""
+    path = store(tmp_path / "tlsfront", age_s=60.0)
+    document = json.loads(path.read_text())
+    document["profile"]["host"] = host
+    path.write_text(json.dumps(document))
+    b = bench()
+    assert b.profile().source == "file" and bool(b.asked) is asked
 
 
 @pytest.mark.parametrize(("age_s", "used", "asked"), [

@@ -274,7 +274,7 @@ def test_the_own_port_as_mask_host_is_not_asked(rig: Rig) -> None:
     """The loop guard knows the probe too: it would measure ourselves."""
     port = free_port()
     proxy = rig.proxy(fronted(port), port=port)
-    proxy.wait_log(r"TLS emulation initial fetch failed domain=example\.com error=", timeout=20)
+    proxy.wait_log(r"TLS emulation initial fetch failed domain=example\.com error=Mask target is this proxy", timeout=20)
     with socket.create_connection(("127.0.0.1", port)):
         pass
     rig.client().req_pq()

@@ -211,6 +211,6 @@ def test_probe_hello_reads_back(name, hybrid, seed):
 @given(st.lists(st.integers(0, 65_536), min_size=1, max_size=3), st.sampled_from((0x1301, 0x1302, 0x1303)), st.sampled_from((29, 4588)),
        st.permutations((43, 51)), st.integers(0, 1 << 40), st.lists(st.integers(0, 65_536), max_size=3))
 def test_front_file_round_trip(flights, suite, group, order, fetched_at, plain):
-    profile = FrontProfile(tuple(flights), suite, group, tuple(order), float(fetched_at), "file", tuple(plain))
+    profile = FrontProfile(tuple(flights), suite, group, tuple(order), float(fetched_at), "file", tuple(plain), "a.example:443")
     hello = ServerHello(b"\3\3", bytes(32), b"", suite, 0, ((43, b"\3\4"),))
     assert parse_front_file(build_front_file("a.example", profile, hello), 1.0) == ("a.example", profile)
