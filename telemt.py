@@ -8556,8 +8556,8 @@ _SITE_LIMIT_S: Final = 3.0
 _SITE_BODY_MAX: Final = 256
 _READERS_WAIT_S: Final = 5.0                   # links are printed after so long at the latest (config.md 8 item 14)
 _SILENT_PART: Final = 4                        # an attempt that took a quarter of its time is silent
-CHECK_EVERY_S: Final = 30.0                   # pause between two checks of a route
-_CHECK_S: Final = 10.0                         # one attempt of a check
+CHECKS: Final = (30.0, 10.0)                   # pause between two checks of a route, limit of one attempt in them; seconds
+QUICK_CHECKS: Final = (1.0, 1.0)               # for tests: TELEMT_PATHS
 _CHECK_SOCKETS: Final = 16                     # at a time, over all routes (D12)
 _GROUPS_NEEDED: Final = 3                      # data centres that a healthy route reaches, or all if there are fewer
 _PING_S: Final = 5.0                           # one attempt of the table after the start
@@ -9695,9 +9695,9 @@ class Health:
     A route that is still being asked when the next turn comes is left out of it, so that a dead one holds up nobody.
     """
 
-    def __init__(self, upstreams: Upstreams, period_s: float) -> None:
+    def __init__(self, upstreams: Upstreams, period_s: float, limit_s: float) -> None:
         self._up, self._period_s = upstreams, period_s
-        self.deadlines: Lane[Passage] = upstreams.loop.lane(_CHECK_S, Passage.on_timeout)
+        self.deadlines: Lane[Passage] = upstreams.loop.lane(limit_s, Passage.on_timeout)
         self.gate = Gate(_CHECK_SOCKETS)
         self._groups: dict[int, list[Target]] = {}
         self._start_at: dict[tuple[Route, int, bool], int] = {}      # where in a group's addresses the next check begins
@@ -9872,7 +9872,7 @@ class Upstreams:
     """The ways out, and the connect cycles that use them."""
 
     def __init__(self, loop: Loop, settings: Settings, counters: Counters, families: Families, names: Resolver,
-                 check_every_s: float = CHECK_EVERY_S) -> None:
+                 checks: tuple[float, float] = CHECKS) -> None:
         self.loop, self.counters = loop, counters
         self.general = settings.general        # upstream_* need a restart
         self.directory = DcDirectory(families)
@@ -9886,7 +9886,7 @@ class Upstreams:
                        for entry in settings.upstreams if entry.enabled]
         for route in self.routes:
             self._examine(route)
-        self.health = Health(self, check_every_s)
+        self.health = Health(self, *checks)
         self.settings = settings
         self.health.apply(settings)
 
@@ -13584,7 +13584,7 @@ class Server:
         self.resolver.overrides = parse_dns_overrides(settings.network.dns_overrides)
         self.network = NetworkView(loop, settings, self.resolver, detect_addresses(settings))
         self.upstreams = Upstreams(loop, settings, self.counters, self.network.families, self.resolver,
-                                   1.0 if "quick-checks" in paths else CHECK_EVERY_S)
+                                   QUICK_CHECKS if "quick-checks" in paths else CHECKS)
         self.sources.upstreams, self.sources.path, self.sources.nat = self.upstreams.rows, self.upstreams.network_path, self.network.row
         self.half_closed: Lane[DirectRelay] = loop.lane(HALF_CLOSED_S, DirectRelay.on_half_closed_timeout)
         self.places = Places(slot_cap(fd_limit), lambda full: self.sources.event(
