@@ -10033,6 +10033,7 @@ _LINK_ROOM: Final = 512 << 10            # a frame that needs more does not go t
 _LINK_PHASE_S: Final = 10.0                   # nonce and handshake, each (D5)
 _PING_OLD_S: Final = 120.0
 _SIGNAL_S: Final = 0.7
+_TOLD_MAX: Final = 1024                  # ids per link: more than have answers under way at a time
 _ANSWER: Final = struct.Struct("<IIQ")
 _LE64: Final = struct.Struct("<Q")
 
@@ -10291,7 +10292,7 @@ class Signal:
             self.patience.cancel()
         count("rpc_proxy_req_signal_response_total", answered)
         if not closed:
-            self.link.push(build_close(self.conn_id))
+            self.link.push_close(self.conn_id)
             count("rpc_proxy_req_signal_close_sent_total")
         self.conn_id = -1
 
@@ -10306,7 +10307,7 @@ class MeLink:
     """One link to a middle end.  Ends in exactly one of pool.on_dial_failed, pool.on_link_lost and close()."""
 
     __slots__ = ("pool", "id", "dc", "endpoint", "cycle", "stream", "shake", "inlet", "out", "heart", "bound", "holding", "ready_at",
-                 "signal")
+                 "signal", "told")
 
     def __init__(self, pool: Pool, order: OpenLink) -> None:
         self.pool, self.id, self.dc, self.endpoint = pool, order.link_id, order.dc, order.endpoint
@@ -10319,6 +10320,7 @@ class MeLink:
         self.holding = False                   # its clients are not read
         self.ready_at = math.inf
         self.signal = Signal(self)
+        self.told = collections.deque[int](maxlen=_TOLD_MAX)     # ids that we closed lately: answers under way earn no other close
         self.cycle: Cycle | None = pool.dial(self.endpoint, self.dc, self._on_connected)
 
     # -- coming up
@@ -10368,10 +10370,6 @@ class MeLink:
             self._come_up()
         elif shake.keyed != keyed:
             self.pool.phases.arm(self)         # the second half has its own ten seconds
-
-    def on_phase_timeout(self) -> None:
-        """Called by its lane."""
-        self._fail(RpcError("handshake", "Telegram handshake timeout"))
 
     def _come_up(self) -> None:
         pool, shake, stream, out = self.pool, self.shake, self.stream, self.out
@@ -10449,8 +10447,8 @@ class MeLink:
             self.signal.end(answered=True)
             return
         self.pool.me.count("route_drop_no_conn_total")
-        if not self.holding:                   # somebody who does not read need not be told
-            self.push(build_close(conn_id))
+        if conn_id not in self.told and not self.holding:      # somebody who does not read need not be told
+            self.push_close(conn_id)
 
     def push(self, head: bytes, body: Bytes = b"") -> None:
         """Queue one payload for this turn's write."""
@@ -10459,7 +10457,12 @@ class MeLink:
             return
         out.push(head, body, self.flush)
         if out.queued > LINK_HIGH and not self.holding:
-            self._hold(True)
+            self.pool.hold(self, True)
+
+    def push_close(self, conn_id: int) -> None:
+        """Say that a session is over, behind everything that it has said."""
+        self.told.append(conn_id)
+        self.push(build_close(conn_id))
 
     def push_urgent(self, payload: bytes) -> None:
         """Queue a PING or PONG.  Raises RpcError for a peer that asks and asks and does not read."""
@@ -10481,12 +10484,7 @@ class MeLink:
             self._fail(error)
             return
         if self.holding and out.queued < LINK_LOW:
-            self._hold(False)
-
-    def _hold(self, on: bool) -> None:
-        self.holding = on
-        for session in list(self.bound.values()):
-            session.hold(on)
+            self.pool.hold(self, False)
 
     # -- sessions
 
@@ -10505,7 +10503,7 @@ class MeLink:
 
     def cut(self, session: Bound) -> None:
         """End one session from our side: the middle end is told, the client gets what there is."""
-        self.push(build_close(session.conn_id))
+        self.push_close(session.conn_id)
         self.unbind(session)
         self.pool.loop.call(session.on_middle_closed, None)
 
@@ -10637,7 +10635,7 @@ class Pool:
         planner.queued = self._queued
         self.links: dict[int, MeLink] = {}
         self.bindings = Bindings(int.from_bytes(origin.entropy(8), "little"))
-        self.phases: Lane[MeLink] = loop.lane(_LINK_PHASE_S, MeLink.on_phase_timeout)
+        self.phases: Lane[MeLink] = loop.lane(_LINK_PHASE_S, self._on_phase_timeout)
         self.drift = DriftMemory()
         self._planned = False
         self._wake: Timer | None = None
@@ -10765,6 +10763,9 @@ class Pool:
         nat_ip = self.settings.general.middle_proxy_nat_ip
         return str(nat_ip) if nat_ip is not None and nat_ip.version == version else ""
 
+    def _on_phase_timeout(self, link: MeLink) -> None:
+        self.fail_dial(link, RpcError("handshake", "Telegram handshake timeout"))
+
     def on_link_ready(self, link: MeLink, ends: LinkEnds) -> None:
         """A handshake is done."""
         log_me.info("Middle-End link up", link=link.id, dc=link.dc, endpoint=format_address(*link.endpoint))
@@ -10807,6 +10808,12 @@ class Pool:
         self.planner.on_link_lost(self.loop.now, link.id, why)
         link.close()
         self.replan()
+
+    def hold(self, link: MeLink, on: bool) -> None:
+        """Stop reading the clients of a link that has too much unsent, or go on (D15)."""
+        link.holding = on
+        for session in list(link.bound.values()):
+            session.hold(on)
 
     def on_unbound(self, link: MeLink, dc: int) -> None:
         """A session left a link."""
@@ -12456,7 +12463,7 @@ class Seat:
         """Say goodbye, behind everything that was sent; may be called twice."""
         link, self.link = self.link, None
         if link is not None:
-            link.push(build_close(self.conn_id))
+            link.push_close(self.conn_id)
             link.unbind(session)
 
 

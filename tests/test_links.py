@@ -282,10 +282,11 @@ def test_closes_from_the_middle_end_and_strays(rig, me):
     rig.until(lambda: far.closes or far.strays)
     assert session.closed == "by the middle end" and rig.planner.told("on_unbound") == [[1, 2]]
     assert rig.total("route_drop_no_conn_total") == 1 and far.strays == [99] and far.closes == [(99, "conn")]
+    far.send(fake.answer(99, b"again for nobody"))             # said once is enough
     far.send(fake.close_conn(12345), struct.pack("<I", 0x01020304) + bytes(20), b"")      # nobody's close, unknown, empty
     far.send(fake.ping(5))
     rig.until(lambda: 5 in far.pongs)
-    assert link.stream is not None
+    assert link.stream is not None and len(far.closes) == 1 and rig.total("route_drop_no_conn_total") == 2
 
 
 def test_ping_and_pong(rig, me):

@@ -13,6 +13,9 @@ class FakeLink:
     def push(self, head, body=b""):
         self.sent.append((bytes(head), bytes(body)))
 
+    def push_close(self, conn_id):
+        self.push(telemt.build_close(conn_id))
+
     def bind(self, session, meta):
         self.bound.append((session, meta))
 
