@@ -5928,13 +5928,14 @@ class Warmup:
 class Swap:
     """Renewal of the whole pool: triggers, warm-up of the next generation, the gate, the swap (10, D13, D14)."""
 
-    __slots__ = ("roster", "triggers", "warming", "retry_at", "periodic_at", "_open_at", "_period_s")
+    __slots__ = ("roster", "triggers", "warming", "retry_at", "periodic_at", "soft_until_at", "_open_at", "_period_s")
 
     def __init__(self, roster: Roster, now: float) -> None:
         self.roster = roster
         self.triggers: set[Trigger] = set()    # waiting for the coalesce window, or for the end of the warm-up
         self.warming: dict[int, Warmup] = {}
         self.retry_at = math.inf
+        self.soft_until_at: float | None = None        # without hardswap: waiting for links to what is listed now, so long
         self._period_s = roster.general.me_reinit_every_secs
         self.periodic_at = now + self._period_s
         self._open_at = -math.inf
@@ -5945,7 +5946,9 @@ class Swap:
         if period_s != self._period_s:
             self.periodic_at = now if period_s < self._period_s else now + period_s
             self._period_s = period_s
-        if not self.roster.general.hardswap:
+        if self.roster.general.hardswap:
+            self.soft_until_at = None
+        else:
             self.warming.clear()
             self._drop_pending(now)
 
@@ -5968,6 +5971,8 @@ class Swap:
             self.trigger(due.now, Trigger.PERIODIC)
         if self.warming:
             self._warm_up(due)
+        if self.soft_until_at is not None:
+            self._soft_swap(due, self.soft_until_at)
         if self.triggers and not self.warming and due.passed(self._open_at):
             self._begin(due)
 
@@ -5975,7 +5980,7 @@ class Swap:
         roster, generations = self.roster, self.roster.generations
         why = ", ".join(sorted(trigger.value for trigger in self.triggers))
         self.triggers.clear()
-        self.retry_at = math.inf
+        self.retry_at, self.soft_until_at = math.inf, None
         desired = [group for group in roster.groups.values() if group.endpoints]
         if not desired or not roster.may_dial:
             roster.say(Level.WARN, f"Middle-End renewal ({why}) skipped: {'no proxy-secret' if desired else 'no endpoints'}")
@@ -5984,7 +5989,7 @@ class Swap:
             group.fails.clear()
         if not roster.general.hardswap:
             generations.last += 1
-            self._soft_swap(due, desired)
+            self._soft_swap(due, due.now + GATE_RETRY_S)
             return
         if generations.reusable(due.now, roster.listed):
             roster.counts.count("hardswap_pending_reuse_total")
@@ -6098,13 +6103,19 @@ class Swap:
             roster.touched.add(group.dc)
         self._retire(now, old, fallback=False)
 
-    def _soft_swap(self, due: Due, desired: list[Group]) -> None:
-        """Without hardswap: only links whose endpoint is no longer listed go."""
+    def _soft_swap(self, due: Due, until_at: float) -> None:
+        """Without hardswap: once enough groups have links to what is listed, the others go; until then wait."""
+        desired = [group for group in self.roster.groups.values() if group.endpoints]
         covered = [group for group in desired if group.count(Phase.ACTIVE)]
-        if self._passes(due, len(covered), len(desired)):
+        waits = len(covered) < len(desired) * (self.roster.general.me_pool_min_fresh_ratio - 1e-6)
+        self.soft_until_at = until_at if waits else None
+        if not waits:
             gone = [group for group in self.roster.groups.values() if not group.endpoints]
             self._retire(due.now, [link for group in covered + gone for link in group.links.values()
                                    if link.live and link.endpoint not in group.endpoints], fallback=True)
+        elif due.passed(until_at):
+            self._passes(due, len(covered), len(desired))
+            self.soft_until_at = None
 
     def _retire(self, now: float, links: list[LinkFacts], fallback: bool) -> None:
         for link in links:
@@ -10709,6 +10720,7 @@ class Pool:
             case CloseLink(link_id):
                 if (link := self.links.pop(link_id, None)) is not None:
                     log_me.info("Middle-End link closed", link=link_id, dc=link.dc)
+                    link.flush()               # the close of its last session may still be queued
                     link.close()
             case CutSessions(link_id, sessions):
                 if (link := self.links.get(link_id)) is not None:

@@ -202,7 +202,7 @@ class Sim:
         if idle_s >= IDLE_CLOSE_S:
             self.lose(link_id, telemt.Lost.EOF)
         else:
-            self.later(IDLE_CLOSE_S - idle_s, lambda: self._idle_close(link_id))
+            self.later(max(0.001, IDLE_CLOSE_S - idle_s), lambda: self._idle_close(link_id))
 
     def dial_in(self, dc: int, life_s: float | None = None, waited: bool = False) -> telemt.Way:
         """A session comes."""
