@@ -11236,6 +11236,7 @@ MASK_SILENCE_S: Final = 120.0            # no byte in either direction
 MASK_ENDING_S: Final = 30.0              # the same once one side has ended
 _MASK_RETRY_S: Final = 0.05              # the backlog of a unix socket was full
 _LOOP: Final = "Mask target is this proxy"
+_HEAD_KEPT: Final = 64                   # bytes by which a connection of ours is recognised
 _LAST_WORDS: Final = 16                  # reads of what a side said before it reset the connection
 
 
@@ -11248,7 +11249,7 @@ class Masks:
         self.share = max(64, cap // 4)         # of the connection slots (client-protocol.md D2)
         self.busy = 0                          # strangers that have, or are getting, a connection to the mask host
         self.ended = ended
-        self.ends: set[Address] = set()        # local ends of our connections to the mask host
+        self.ends: dict[Address, bytes] = {}   # local ends of our connections to the mask host, and how each of them began
         self.listeners: list[Address] = []     # addresses that lead to us
         self.listen_path = ""                  # path that leads to us
         self.dials: Lane[Dial] = loop.lane(MASK_CONNECT_S, Dial.on_timeout)
@@ -11283,6 +11284,14 @@ class Masks:
                 log_masking.error("Mask target is this proxy", target=target if isinstance(target, str) else format_address(*target))
             raise RouteError(_LOOP, hard=True)
 
+    def is_ours(self, peer: Address, head: bytes) -> bool:
+        """True if a peer that began with `head` is one of our own connections to the mask host, come back through somebody else.
+
+        Its address alone does not say so: a client on this host, say the load balancer, may be given the same port.
+        """
+        said = self.ends.get(peer, b"")[:len(head)]
+        return bool(said) and head.startswith(said)
+
 
 class MaskStream(Stream):
     """A stream to the mask host; its local end is known as ours until it is closed."""
@@ -11298,7 +11307,7 @@ class MaskStream(Stream):
         """Close at the end of the turn; may be called twice."""
         super().close()
         if self._end is not None:
-            self._masks.ends.discard(self._end)
+            self._masks.ends.pop(self._end, None)
 
 
 class MaskDial:
@@ -11374,7 +11383,7 @@ class MaskDial:
         self._dial = Dial(masks.loop, ip, port, masks.dials, self._on_dialled)
         self._end = self._dial.local_end()
         if self._end is not None:
-            masks.ends.add(self._end)
+            masks.ends[self._end] = b""
 
     def _on_dialled(self, result: Stream | RouteError) -> None:
         if isinstance(result, Stream):
@@ -11391,7 +11400,7 @@ class MaskDial:
         if self._dial is not None:
             self._dial.abort()
         if self._end is not None:
-            self._masks.ends.discard(self._end)
+            self._masks.ends.pop(self._end, None)
         self._dial = self._end = None
 
     def _fail(self, error: Exception) -> None:
@@ -11429,6 +11438,9 @@ class MaskRelay:
         self.client.watch(READ, self.on_client)
         self.mask.watch(READ, self.on_mask)
         self.masks.silent.arm(self)
+        end = self.mask.local_end()
+        if end in self.masks.ends:
+            self.masks.ends[end] = opening[:_HEAD_KEPT]
         try:
             self.up.push(opening)
             if ended:
@@ -13025,6 +13037,9 @@ class ClientSession:
 
     def _stranger(self, error: WireError, ended: bool = False) -> None:
         """The peer is no client of ours: the one place where that is counted.  ended: it has said all that it will."""
+        if self.core.masks.is_ours((self.ip, self.port), self.inbox.peek(PREAMBLE_SIZE)):
+            self.close(None)                   # masking it would feed it to itself (D19)
+            return
         reason = Reason.BAD_INNER if error.reason is Reason.BAD_RECORD else error.reason
         self.core.counters.bad(reason)
         log_session.debug("Refused", peer=self.peer, reason=reason.value)
@@ -13064,16 +13079,13 @@ class ClientSession:
         self.stream.watch(READ, self.on_readable)
 
     def _say_goodbye(self) -> None:
-        """After our ServerHello: a fatal alert and FIN, as far as anybody can see (D10).
-
-        Input is thrown away until the peer ends or the deadline passes: closing with unread bytes would turn both into a RST.
-        """
+        """After our ServerHello: a fatal alert and FIN, as far as anybody can see (D10)."""
         try:
             self.stream.write(build_fake_alert(os.urandom))
         except OSError:
             self.close(None)
             return
-        self._discard(False)
+        self._discard(False)                   # and not just close: unread bytes would turn alert and FIN into a RST
         self.stream.finish()
 
     # -- the ways to end
@@ -13266,9 +13278,6 @@ class ProxyGate:
             core.handshakes.rename(session, header.source)
             session.local = header.destination
         log_session.debug("PROXY protocol header parsed", peer=sender, client=session.peer, version=header.version)
-        if (session.ip, session.port) in core.masks.ends:
-            session.close(None)                # our own connection to the mask host came back through the balancer (D19)
-            return
         self.stream.watch(READ, session.on_readable)
         if rest:
             core.loop.call(session.take, rest)
@@ -13742,9 +13751,6 @@ class Server:
 
     def _on_accept(self, entry: ListenerEntry, sock: socket.socket, peer: Any) -> None:
         ip, port, server = plain_ip(peer[0]), peer[1], self.settings.server
-        if (ip, port) in self.masks.ends:      # our own connection to the mask host came back to us (D19)
-            sock.close()
-            return
         if not OPTIONS_INHERITED:
             tune_client(sock, self.settings.timeouts.client_keepalive, self.settings.timeouts.client_ack)
         session = self._admit(ClientSession(self, Stream(self.loop, sock), ip, port))

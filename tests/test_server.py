@@ -987,19 +987,6 @@ def test_the_unix_socket_of_a_successor_is_left_alone(make_server, tmp_path):
         assert os.path.exists(path)
 
 
-def test_our_own_mask_connection_is_dropped_uncounted(make_server):
-    server = make_server()
-    list(server.open_listeners())
-    server.accept()
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        server.masks.ends.add(sock.getsockname())
-        sock.connect(server.places.listeners[0].address)
-        server.loop.settle()
-        assert sock.recv(1) == b"" and server.counters.connections_total == 0 and not server.places.owners
-    server.masks.ends.clear()
-
-
 @pytest.mark.parametrize(("flag", "entry", "asked"), [("false", "", False), ("true", "", True), ("true", "proxy_protocol = false", False),
                                                       ("false", "proxy_protocol = true", True)])
 def test_which_listeners_demand_a_proxy_header(make_server, flag, entry, asked):
