@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import telemt_api as api
-from doubles import ROOT, Proxy, Rig, free_port
+from doubles import ROOT, Proxy, Rig, free_port, poll
+from fake_middle_end import MeWorld
 from tests.api_client import ENVELOPE, ApiClient, Reply
 
 Start = Callable[..., ApiClient]
@@ -71,6 +72,29 @@ def test_every_read_fits_with_the_middle_end_wanted_and_not_there(start: Start) 
         client.call("GET", route.path.replace("{username}", "alice"))
     gates = client.get("/v1/runtime/gates")
     assert gates["use_middle_proxy"] and gates["me2dc_fallback_enabled"]
+
+
+def test_every_read_fits_with_a_pool(start: Start, rig: Rig) -> None:
+    """The middle end carries a session: writers, coverage, generations and gates in every view."""
+    with MeWorld({2: 2, 4: 1}) as world:
+        client = start(world.config(), **ON, minimal_runtime_cache_ttl_ms=0)
+        poll(lambda: client.get("/v1/runtime/gates")["me_runtime_ready"], "the pool is ready", 30)
+        session = rig.client("alice")
+        session.req_pq()
+        for route in READS:
+            client.call("GET", route.path.replace("{username}", "alice"))
+        whole = client.get("/v1/stats/minimal/all")
+        assert "reason" not in whole and whole["data"]["me_runtime"]["active_generation"] >= 1
+        summary = client.get("/v1/stats/me-writers")["summary"]
+        assert (summary["configured_dc_groups"], summary["configured_endpoints"]) == (2, 3)
+        assert [row["dc"] for row in client.get("/v1/stats/dcs")["dcs"]] == [2, 4]
+        assert sum(writer["bound_clients"] for writer in client.get("/v1/stats/me-writers")["writers"]) == 1
+        totals = client.get("/v1/runtime/connections/summary")["data"]["totals"]
+        assert (totals["current_connections_me"], totals["current_connections_direct"]) == (1, 0)
+        gates = client.get("/v1/runtime/gates")
+        assert (gates["route_mode"], gates["reroute_active"], gates["startup_status"]) == ("middle", False, "ready")
+        assert client.get("/v1/runtime/me_pool_state")["data"]["writers"]["total"] >= 2
+        session.close()
 
 
 def test_every_mutation_fits_both_documents(start: Start) -> None:
