@@ -15662,6 +15662,59 @@ def missing_parts(settings: Settings) -> list[str]:
     return found
 
 
+def import_apart(name: str) -> Any:
+    """Import a module of ours whose code a child process compiles, so that the compiler's memory goes with the child.
+
+    That memory is 7 MB for telemt_api.py, at every start where Python may not write its cache, as a service in /usr/local/bin
+    may not.  Where anything is unusual, or fails, it is imported as any other.
+    """
+    threads = sys.modules.get("threading")
+    finder: Any = sys.modules["_frozen_importlib_external"].PathFinder
+    spec = finder.find_spec(name) if name not in sys.modules else None
+    if spec is None or not hasattr(os, "fork") or (threads is not None and threads.active_count() > 1):
+        return importlib.import_module(name)
+    code = code_from_child(functools.partial(getattr(spec.loader, "get_code", lambda _: None), name))
+    if code is None:
+        return importlib.import_module(name)
+    module = sys.modules[name] = type(sys)(name)
+    module.__spec__, module.__file__, module.__loader__ = spec, spec.origin, spec.loader
+    whole = False
+    try:
+        exec(code, vars(module))
+        whole = True
+    finally:
+        if not whole:
+            del sys.modules[name]
+    return module
+
+
+def code_from_child(make: Callable[[], Any]) -> Any:
+    """Return the code object that `make` makes in a child process, None if that cannot be."""
+    import marshal
+    try:
+        inlet, outlet = os.pipe()
+    except OSError:
+        return None
+    try:
+        child = os.fork()
+    except OSError:                            # too many processes, or none allowed
+        os.close(inlet)
+        os.close(outlet)
+        return None
+    if child == 0:
+        status = 1
+        try:
+            with open(outlet, "wb") as file:
+                file.write(marshal.dumps(make()))
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(outlet)
+    with open(inlet, "rb") as file:
+        data = file.read()
+    return marshal.loads(data) if os.waitpid(child, 0)[1] == 0 else None
+
+
 def start_control_plane(server: Server, reloader: Reloader) -> Callable[[], None]:
     """Start API and metrics where the configuration wants them; without telemt_api.py the proxy runs on (platform.md 2).
 
@@ -15671,7 +15724,7 @@ def start_control_plane(server: Server, reloader: Reloader) -> Callable[[], None
     if not (wanted.api.enabled or wanted.metrics_port or wanted.metrics_listen):
         return lambda: None
     try:
-        module = importlib.import_module("telemt_api")
+        module = import_apart("telemt_api")
     except ImportError as error:
         missing = error.name or "telemt_api"
         log_cli.warn("control plane not started: %s is missing%s", missing,

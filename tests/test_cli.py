@@ -3,8 +3,11 @@ import os
 import re
 import socket
 import stat
+import subprocess
+import sys
 import threading
 import types
+from pathlib import Path
 
 import pytest
 
@@ -402,3 +405,44 @@ def test_config_that_cannot_be_created(tmp_path, capsys):
     assert telemt.main([str(tmp_path / "no" / "such.toml")]) == 1
     assert "cannot create default config" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
+
+
+# -- telemt_api.py, compiled elsewhere
+
+APART = """
+import os, sys
+sys.path[:0] = sys.argv[1:3]
+sys.dont_write_bytecode = True
+import telemt
+{before}
+try:
+    module = telemt.import_apart("apart")
+    print(module.VALUE, os.path.basename(module.__file__), module.value.__code__.co_filename == module.__file__, module.__spec__.name)
+except ImportError as error:
+    print("ImportError", error.name)
+print("apart" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(("source", "before", "said"), [
+    ("VALUE = __name__\ndef value(): pass\n", "", ["apart apart.py True apart", "True"]),
+    ("VALUE = __name__\ndef value(): pass\n", "os.fork = lambda: (_ for _ in ()).throw(OSError)", ["apart apart.py True apart", "True"]),
+    ("VALUE = __name__\ndef value(): pass\n", "import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()",
+     ["apart apart.py True apart", "True"]),
+    ("import not_there_at_all\n", "", ["ImportError not_there_at_all", "False"]),
+    (None, "", ["ImportError apart", "False"]),
+], ids=["child", "no-fork", "threads", "missing-import", "missing"])
+def test_a_module_compiled_by_a_child(tmp_path, source, before, said):
+    if source is not None:
+        (tmp_path / "apart.py").write_text(source)
+    run = subprocess.run([sys.executable, "-c", APART.format(before=before), str(tmp_path), str(Path(telemt.__file__).parent)],
+                         capture_output=True, text=True, check=False, timeout=60)
+    assert (run.stderr, run.stdout.splitlines()) == ("", said)
+
+
+def test_code_that_cannot_be_made_is_none():
+    code = ("import telemt; print(telemt.code_from_child(lambda: 1 // 0), telemt.code_from_child(lambda: (lambda: 7).__code__).co_name, "
+            "telemt.code_from_child(lambda: object()))")
+    run = subprocess.run([sys.executable, "-B", "-c", code], cwd=Path(telemt.__file__).parent, capture_output=True, text=True, check=False,
+                         timeout=60)
+    assert run.stdout == "None <lambda> None\n", run
