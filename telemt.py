@@ -2736,6 +2736,7 @@ class Inbox:
 
 _LE32: Final = struct.Struct("<I")
 FRAME_SPARE: Final = 4                   # bytes around an answer that enclose() may overwrite, on either side
+FRAMES_AT_ONCE: Final = 256
 _EMPTY_COSTS: Final = 8                  # debt of an empty frame; a good one pays back 1 (middle-proxy-wire.md D10)
 _DEBT_MAX: Final = 512
 _ABRIDGED_LONG: Final = 0x7F
@@ -2757,13 +2758,14 @@ class FrameError(WireError):
 class Framing:
     """One client's frames: feed() takes them out of the stream, enclose() puts answers into it."""
 
-    __slots__ = ("limit", "frames", "failed", "_debt", "_kept", "_need")
+    __slots__ = ("limit", "frames", "failed", "rest", "_debt", "_kept", "_need")
     name = ""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit                     # bytes of the longest frame accepted
         self.frames = 0                        # good ones so far
         self.failed: FrameError | None = None  # why no further bytes are looked at
+        self.rest = b""                        # what feed() did not look at yet: the next one has to be for that
         self._debt = 0
         self._kept = bytearray()               # an incomplete frame, from its length field on
         self._need = 0                         # bytes of it when complete; 0 = its length field is not complete either
@@ -2782,8 +2784,10 @@ class Framing:
         """Return the frames that are complete now: (payload without padding, quick ack wanted).
 
         Payloads are views of `data` where they can be: use them before its memory changes.  After a fault `failed` is set;
-        the good frames before it are returned.
+        the good frames before it are returned.  No more than FRAMES_AT_ONCE are: a read may hold 50,000 of five bytes, and
+        others have their turn.  Then `rest` is set aside; call feed(rest) before anything else.
         """
+        self.rest = b""
         found: list[tuple[Bytes, bool]] = []
         view = memoryview(data)
         at, end = 0, len(view)
@@ -2798,6 +2802,9 @@ class Framing:
                 start, length, quick = head
                 self._accept(view[start:start + (length & -4)], length, quick, found)
                 at = start + length
+                if len(found) == FRAMES_AT_ONCE:
+                    self.rest = bytes(view[at:])
+                    break
         except FrameError as error:
             self.failed = error
             self._kept.clear()
@@ -7766,7 +7773,7 @@ class Outlet:
         self.sent = 0                          # bytes the client took, ever
         self._pieces: list[tuple[int, int]] = []
         self._size = 0
-        self._chunks: collections.deque[tuple[bytearray, list[int]]] = collections.deque()     # with the number of its messages
+        self._chunks: collections.deque[tuple[bytearray | memoryview, list[int]]] = collections.deque()    # with the number of messages
         self._at = 0                           # bytes of the first chunk that are sent
 
     def add(self, at: int, size: int) -> None:
@@ -7845,12 +7852,12 @@ class Outlet:
                 return
             self.sink.want(self.sink.mask | WRITE)
         left = len(data) - sent
-        if self._chunks and len(self._chunks[-1][0]) + left <= _CHUNK:
-            chunk, count = self._chunks[-1]
+        chunk, count = self._chunks[-1] if self._chunks else (b"", [0])
+        if isinstance(chunk, bytearray) and len(chunk) + left <= _CHUNK:
             chunk += data
             count[0] += messages
         else:
-            self._chunks.append((bytearray(data[sent:]), [messages]))
+            self._chunks.append((bytearray(data[sent:]) if left < _CHUNK else set_aside(data[sent:]), [messages]))
         self.pending += left
         self.waiting += messages
         self.arena.queued += left
@@ -10074,8 +10081,8 @@ class Bound(Protocol):
     def on_middle_closed(self, region: Region | None) -> None:
         """The middle end closed the session, or the link is gone (None)."""
 
-    def hold(self, on: bool) -> None:
-        """Do not read the client for now, or read it again."""
+    def pace(self) -> None:
+        """The link is `holding` now, or not any more: read the client as that allows."""
 
 
 class Meta(NamedTuple):
@@ -10505,7 +10512,7 @@ class MeLink:
         self.signal.meta = meta
         self.pool.planner.on_bound(self.pool.loop.now, self.id, session.dc)
         if self.holding:
-            session.hold(True)
+            session.pace()
 
     def unbind(self, session: Bound) -> None:
         """And no longer; may be called twice."""
@@ -10825,7 +10832,7 @@ class Pool:
         """Stop reading the clients of a link that has too much unsent, or go on (D15)."""
         link.holding = on
         for session in list(link.bound.values()):
-            session.hold(on)
+            session.pace()
 
     def on_unbound(self, link: MeLink, dc: int) -> None:
         """A session left a link."""
@@ -12430,8 +12437,16 @@ class DesyncLog:
         self._key = KeyedHmac(os.urandom(32))  # hashes of IPv4 addresses without a key could be undone
         self._seen: dict[tuple[str, bytes, str], float] = {}       # -> end of the window; oldest first
 
-    def report(self, relay: MiddleRelay, error: FrameError, general: General) -> FrameError:
-        """Count and log; return the error that the session ends with."""
+    def judge(self, relay: MiddleRelay, error: FrameError) -> FrameError:
+        """Count and log a frame that cannot be; return what its session ends with, never its link (middle-proxy-wire.md D9)."""
+        if error.kind == "too_large":
+            return self._report(relay, error, relay.host.settings.general)
+        if error.kind == "too_small":
+            log_relay.warn("Frame too small \u2014 corrupt or probe", user=relay.user.name, conn_id=relay.conn_id, size=error.length)
+            self.counters.count("secure_padding_invalid_total", relay.framing.name == "secure")
+        return error
+
+    def _report(self, relay: MiddleRelay, error: FrameError, general: General) -> FrameError:
         framing, seat, now = relay.framing, relay.seat, relay.host.loop.now
         ip_hash = self._key.digest(relay.ticket.ip.encode())[:8]
         first = self._first((relay.user.name, ip_hash, framing.name), now)
@@ -12580,18 +12595,17 @@ class MiddleRelay:
             if user.used >= user.mark and self.host.quota_reached(user):
                 self._over_quota()
         if self.framing.failed is not None and self.stage is RelayStage.OPEN:
-            self._refuse(self.framing.failed)
+            self.close(self.host.desyncs.judge(self, self.framing.failed))
+        elif self.framing.rest and self.stage is RelayStage.OPEN:
+            self.pace()
+            self.host.loop.defer(self._take_rest)
 
-    def _refuse(self, error: FrameError) -> None:
-        """A frame that cannot be ends this session, never its link (middle-proxy-wire.md D9)."""
-        host = self.host
-        if error.kind == "too_large":
-            error = host.desyncs.report(self, error, host.settings.general)
-        elif error.kind == "too_small":
-            log_relay.warn("Frame too small \u2014 corrupt or probe", user=self.user.name, conn_id=self.conn_id, size=error.length)
-            if self.framing.name == "secure":
-                host.desyncs.counters.count("secure_padding_invalid_total")
-        self.close(error)
+    def _take_rest(self) -> None:
+        """Go on with a read that held very many messages."""
+        if self.stage is RelayStage.OPEN:
+            self._take(memoryview(self.framing.rest))
+            if not self.framing.rest:
+                self.pace()
 
     def _over_quota(self) -> None:
         log_relay.warn("User data quota reached, closing relay", user=self.user.name)
@@ -12599,10 +12613,12 @@ class MiddleRelay:
 
     # -- what the link calls
 
-    def hold(self, on: bool) -> None:
-        """Pause or resume reading the client."""
+    def pace(self) -> None:
+        """Read the client, or not for now: its last read is not done with, or its link has too much unsent."""
         if self.stage is RelayStage.OPEN:
-            self.client.want((HANGUP if on else READ) | self.client.mask & WRITE)
+            link = self.seat.link
+            mask = 0 if self.framing.rest else HANGUP if link is not None and link.holding else READ
+            self.client.want(mask | self.client.mask & WRITE)
 
     def on_answer(self, region: Region, at: int, size: int) -> None:
         """Data for the client; it is framed where it lies."""

@@ -140,3 +140,15 @@ def test_error_texts():
         codec = cls(BIG)
         codec.feed(wire)
         assert str(codec.failed) == text and codec.failed.reason is telemt.Reason.BAD_FRAME
+
+
+def test_no_more_than_so_many_frames_at_once():
+    codec = Abridged(BIG)
+    wire = b"".join(b"\x01" + number.to_bytes(4, "big") for number in range(1000)) + b"\x02ab"
+    found, data = [], wire
+    while data:
+        part = codec.feed(data)
+        assert len(part) <= telemt.FRAMES_AT_ONCE
+        found += [bytes(payload) for payload, _ in part]
+        data = codec.rest
+    assert found == [number.to_bytes(4, "big") for number in range(1000)] and codec.waiting == 3

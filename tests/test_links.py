@@ -74,8 +74,8 @@ class Session:
     def on_middle_closed(self, region):
         self.closed = "by the middle end" if region is not None else "with the link"
 
-    def hold(self, on):
-        self.held.append(on)
+    def pace(self):
+        self.held.append(self.link.holding)
 
 
 class Dials:
@@ -127,6 +127,7 @@ class Rig:
 
     def bind(self, link, conn_id=7):
         session = Session(conn_id)
+        session.link = link
         link.bind(session, META)
         return session
 

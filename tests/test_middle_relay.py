@@ -8,7 +8,7 @@ class FakeLink:
     """What a seat needs of a link; remembers what was pushed."""
 
     def __init__(self):
-        self.sent, self.bound, self.left = [], [], []
+        self.sent, self.bound, self.left, self.holding = [], [], [], False
 
     def push(self, head, body=b""):
         self.sent.append((bytes(head), bytes(body)))
@@ -272,15 +272,18 @@ def test_of_all_together_the_largest_pays(middle):
     assert small.core.finished == 1 and large.relay.stage is telemt.RelayStage.ENDED
 
 
-def test_hold_pauses_the_client_and_notices_that_it_left(middle):
+def test_a_holding_link_pauses_the_client_and_notices_that_it_left(middle):
     bench = middle()
-    bench.relay.hold(True)
+    bench.link.holding = True
+    bench.relay.pace()
     bench.say(frame(b"wait"))
     assert bench.link.messages == []
-    bench.relay.hold(False)
+    bench.link.holding = False
+    bench.relay.pace()
     bench.core.loop.settle()
     assert bench.link.messages == [b"wait"]
-    bench.relay.hold(True)
+    bench.link.holding = True
+    bench.relay.pace()
     bench.client.close()
     bench.core.loop.settle()
     assert bench.core.finished == 1 and len(bench.link.closes) == 1
@@ -324,3 +327,23 @@ def test_noise_never_repeats_itself():
     noise = telemt.Noise()
     found = [noise.take() for _ in range(3000)]
     assert all(len(part) == 4 for part in found) and len(set(found)) > 2990
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["stays", "leaves"])
+def test_thousands_of_tiny_messages_in_one_read_are_spread_over_turns(middle, left):
+    bench = middle(framing=telemt.Abridged)
+    bench.relay.inlet.level = 2
+    data = b"".join(b"\x01" + number.to_bytes(4, "big") for number in range(10_000))
+    bench.client.sendall(bench.ciphers[2].update(data))
+    if left:
+        bench.client.shutdown(1)
+    most, turns = 0, 0
+    while len(bench.link.messages) < 10_000 and turns < 100:
+        before = len(bench.link.messages)
+        bench.core.loop.turn()
+        turns += 1
+        most = max(most, len(bench.link.messages) - before)
+    assert bench.link.messages == [number.to_bytes(4, "big") for number in range(10_000)]
+    assert most <= 2 * telemt.FRAMES_AT_ONCE and turns >= 10_000 // (2 * telemt.FRAMES_AT_ONCE)
+    bench.core.loop.settle()
+    assert bench.core.finished == left and len(bench.link.closes) == left
