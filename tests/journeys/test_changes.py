@@ -1,6 +1,7 @@
 """api.md 11-13: changes through the API, seen from the network: live before the reply, never half, never lost."""
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -187,26 +188,21 @@ def test_killed_while_it_writes(rig: Rig) -> None:
     """The whole program, a few times; tests/crash.py does the store alone some hundred times, `make soak` this many more."""
     kills = int(os.environ.get("TELEMT_KILLS", "3"))
     proxy, api = start(rig)
-    number = 0
-    for _ in range(kills):
+    for kill in range(kills):
         states = [users_of(proxy)]
         done = threading.Event()
 
-        def change(states: list[dict[str, str]] = states, done: threading.Event = done, api: ApiClient = api) -> None:
-            nonlocal number
-            while not done.is_set():
-                number += 1
-                states.append({**states[-1], f"u{number}": EVE})
-                try:
-                    api.change("POST", "/v1/users", {"username": f"u{number}", "secret": EVE})
-                except (OSError, ValueError, http.client.HTTPException):
-                    return
-                if number % 3 == 0:
-                    states.append({name: secret for name, secret in states[-1].items() if name != f"u{number - 1}"})
-                    try:
-                        api.change("DELETE", f"/v1/users/u{number - 1}")
-                    except (OSError, ValueError, http.client.HTTPException):
-                        return
+        def change(kill: int = kill, states: list[dict[str, str]] = states, done: threading.Event = done) -> None:
+            """Two users more, the older one gone, and so on; `states` ends with the one that is being written."""
+            number = 0
+            with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+                while not done.is_set():
+                    number += 1
+                    states.append({**states[-1], f"u{kill}-{number}": EVE})
+                    api.change("POST", "/v1/users", {"username": f"u{kill}-{number}", "secret": EVE})
+                    if number % 3 == 0:
+                        states.append({name: secret for name, secret in states[-1].items() if name != f"u{kill}-{number - 1}"})
+                        api.change("DELETE", f"/v1/users/u{kill}-{number - 1}")
 
         writer = threading.Thread(target=change)
         writer.start()
