@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""fuzz - throw mutated input at every pure parser of telemt.py.
+"""fuzz - throw mutated input at every pure parser of telemt.py and telemt_api.py.
 
 usage: fuzz.py [--runs N] [--seed S] [--target NAME]... [--out DIR]
        fuzz.py --replay FILE --target NAME
@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import telemt  # noqa: E402 - it stands beside this folder and is not installed
+import telemt_api  # noqa: E402
 
 HANG_S = 5.0
 CORPUS_MAX = 400
@@ -505,6 +506,65 @@ PROXIES = [telemt.build_proxy_header(version, (ip, 1234), (other, 443)) + b"\x16
            for ip, other in (("192.0.2.1", "203.0.113.9"), ("2001:db8::1", "::1"), ("192.0.2.1", "::1"))]
 
 
+# -- targets: what operators and panels change -------------------------------------------------------------------------------------
+
+EDITS: tuple[tuple[tuple[str, ...], telemt_api.Value | None], ...] = (
+    (("access", "users", "alice"), "c" * 32), (("access", "users", "z z"), "d" * 32), (("access", "users", "bob"), None),
+    (("access", "user_max_tcp_conns", "alice"), None), (("access", "user_enabled", "alice"), False))
+ACCESS = (
+    b'[access.users] # x\nalice = "1"\r\n"bob" = \'2\'\n[access.user_max_tcp_conns]\nalice = 1\n',
+    b'[access]\nusers = { alice = "1", bob = "2" } # }\nuser_max_tcp_conns.alice = 1\n[x]\ny = """\n[access.users]\n"""\n',
+    b"access.users.alice = '1'\naccess.'users'.bob = '2'\n[[upstreams]]\na = [\n1, # ]\n]\n[[upstreams]]",
+    b"access = { users.alice = '1', users = {} }\n", b"access = { users = { alice = '''1''' }, user_max_tcp_conns = { alice = 1 } }")
+ACCESS_WORDS = [b'"""', b"\'\'\'", b'"', b"'", b"[", b"]", b"{", b"}", b"=", b"#", b"\n", b"\r\n", b",", b".", b"access", b"users",
+                b"alice", b"[access.users]\n", b"[[a]]\n", b"\\", b"x = 1\n", b" "]
+
+
+def check_edit(data: bytes) -> str:
+    """A text that the program takes is edited into what was meant, or not at all (which is rare)."""
+    text = data.decode("utf-8", "replace").replace("include", "")
+    document = telemt.parse_document(text)
+    access = document.get("access", {})
+    tables = [access.get(name, {}) for name in ("users", "user_max_tcp_conns", "user_enabled")] if isinstance(access, dict) else [None]
+    if not all(isinstance(table, dict) and not any(isinstance(value, dict) for value in table.values()) for table in tables):
+        raise telemt.ConfigError("would not load")
+    for edit in EDITS:
+        edited = telemt_api.edit_texts({"c": text}, "c", lambda including, line: None, [edit])["c"]
+        assert telemt_api.same_documents(telemt.parse_document(edited), telemt_api.change_document(document, [edit])), edit
+    return f"{len(tables[0] or ())} {len(document)}"
+
+
+BODIES = (b'{"username":"a.b-c_1","secret":"%s","max_tcp_conns":1,"data_quota_bytes":0}' % (b"aB" * 16), b"{}",
+          b'{"expiration_rfc3339":"2027-01-01T02:59:59.5+03:00","enabled":false,"user_ad_tag":null}',
+          b'{"max_unique_ips":9223372036854775807}')
+BODY_WORDS = [b"null", b"true", b"-0", b"-1", b"1e3", b"5.0", b'"', b"\\ud800", b"[", b"{", b"}", b"2026-02-29T00:00:60Z", b"+23:59",
+              b"\xff"]
+
+
+def check_body(data: bytes) -> str:
+    """A request body for every action; what passes can be written as TOML and means the same."""
+    said = []
+    for action in telemt_api.ACTIONS:
+        try:
+            command = telemt_api.parse_command(action, "alice", data)
+        except telemt_api.ApiError as error:
+            said.append(error.message[:12])
+            continue
+        changes = [(("access", table, command.username), value) for table, value in command.entries.items() if value is not None]
+        edited = telemt_api.edit_texts({"c": ""}, "c", lambda including, line: None, changes)["c"]
+        assert telemt_api.same_documents(telemt.parse_document(edited), telemt_api.change_document({}, changes))
+        said.append(f"{len(changes)}")
+    return " ".join(said)
+
+
+def check_quota(data: bytes) -> str:
+    """A state file of ours, or of anybody; what is read is written back the same."""
+    found = telemt.parse_quota_state(data)
+    again = telemt.parse_quota_state(telemt.render_quota_state((name, *pair) for name, pair in found.items()))
+    assert len(again) <= len(found) and all(pair in found.values() for pair in again.values())
+    return str(min(len(found), 3))
+
+
 def all_targets() -> list[Target]:
     """Every pure parser."""
     hellos = [client_hello(b"petrovich.ru", {29: 32}), client_hello(b"", {4588: 1216, 29: 32}, size=1700),
@@ -528,6 +588,10 @@ def all_targets() -> list[Target]:
         Target("include", check_include, includes, CONFIG, [b"include = ", b'"1"', b"'2'", b"\0", b'"""', b"'''", b"\n", b"#", b"\\"]),
         Target("moment", check_moment, MOMENTS, (), [b" " * 50, b"+", b"Z", b".", b"T", "\u2212".encode()]),
         Target("network", check_network, NETWORKS, (), [b"/", b".", b"::", b"%", b"255.255.0.0"]),
+        Target("edit", check_edit, ACCESS, (*CONFIG, telemt_api.EditError), ACCESS_WORDS),
+        Target("body", check_body, BODIES, (), BODY_WORDS),
+        Target("quota", check_quota, [telemt.render_quota_state([("alice", 5, 0), ("b", 0, 7)]), b'{"users":{}}'], (ValueError,),
+               [b"null", b"-1", b"1e5", b"[", b"{", b'"', b"18446744073709551616", b"\\ud800"]),
         Target("endpoint", check_endpoint, ENDPOINTS, CONFIG, [b":", b"[", b"]", b"::", b"%", "\u0663".encode()]),
     ]
 
