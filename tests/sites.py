@@ -1,4 +1,4 @@
-"""Mask hosts for the journeys: certificates, a real nginx, a real OpenSSL with post-quantum groups, a host that follows a script.
+"""Mask hosts to be measured: certificates of many sizes, a real nginx, a real OpenSSL with post-quantum groups, a scripted host.
 
 Nothing here imports telemt.py.  Everything listens on loopback and has time limits.
 """
@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -22,9 +21,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from doubles import free_port, poll
+from doubles import free_port
+from programs import SEARCH, Program, path_of
 
-NGINX = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+NGINX = shutil.which("nginx", path=SEARCH)
 NGINX_MISSING = "nginx is not installed: make deps-test"
 
 
@@ -78,51 +78,24 @@ def write_profile(folder: Path, domain: str = "example.com", *, group: int = 29,
 
 # -- a real nginx ------------------------------------------------------------------------------------------------------------------
 
-class Nginx:
-    """nginx on a loopback port (`port`) or a unix socket (`path`), serving `folder/html`; `ssl` are lines for its server block."""
+class Nginx(Program):
+    """nginx on a loopback port (`port`) and a unix socket (`path`); `ssl` are lines for its server block."""
 
-    def __init__(self, folder: Path, certificate: tuple[Path, Path], ssl: Sequence[str] = (), *, unix: bool = False,
-                 proxy_protocol: bool = False, server: Sequence[str] = (), h2: bool = True) -> None:
-        assert NGINX, NGINX_MISSING
-        self.folder, self.port, self.path = folder, free_port(), folder / "nginx.sock"
-        (folder / "html").mkdir(parents=True, exist_ok=True)
-        (folder / "html" / "index.html").write_text("<h1>It is real</h1>\n")
-        listen = f"unix:{self.path}" if unix else f"127.0.0.1:{self.port}"
-        options = " ssl" + " http2" * h2 + " proxy_protocol" * proxy_protocol
+    def __init__(self, folder: Path, certificate: tuple[Path, Path], ssl: Sequence[str] = (), *, proxy_protocol: bool = False) -> None:
+        folder.mkdir(parents=True)
+        self.path = folder / "nginx.sock"
+        port = free_port()
+        options = "ssl http2" + " proxy_protocol" * proxy_protocol
         lines = [f"ssl_certificate {certificate[0]};", f"ssl_certificate_key {certificate[1]};",
-                 *(ssl or ["ssl_protocols TLSv1.2 TLSv1.3;"]), *server]
-        config = folder / "nginx.conf"
-        config.write_text(f"""
-{"user root;" if os.geteuid() == 0 else ""} worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log info; daemon off;
-events {{ worker_connections 512; }}
+                 *(ssl or ["ssl_protocols TLSv1.2 TLSv1.3;"])]
+        (folder / "nginx.conf").write_text(f"""
+daemon off; master_process off; pid nginx.pid; error_log error.log info; events {{ worker_connections 512; }}
 http {{
-  access_log {folder}/access.log; client_body_temp_path {folder}/t1; proxy_temp_path {folder}/t2; fastcgi_temp_path {folder}/t3;
-  uwsgi_temp_path {folder}/t4; scgi_temp_path {folder}/t5; root {folder}/html; ssl_session_cache off;
-  server {{ listen {listen}{options}; {" ".join(lines)} }}
+  access_log off; client_body_temp_path tmp; proxy_temp_path tmp; fastcgi_temp_path tmp; uwsgi_temp_path tmp; scgi_temp_path tmp;
+  server {{ listen 127.0.0.1:{port} {options}; listen unix:{self.path} {options}; root .; {" ".join(lines)} }}
 }}
 """)
-        self.process = subprocess.Popen([NGINX, "-e", str(folder / "error.log"), "-c", str(config)], stdin=subprocess.DEVNULL,
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        poll(self._ready, "nginx listens", 20.0)
-
-    def _ready(self) -> bool:
-        assert self.process.poll() is None, (self.process.stderr.read() if self.process.stderr else b"").decode()
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX if self.path.exists() else socket.AF_INET) as sock:
-            sock.connect(str(self.path) if self.path.exists() else ("127.0.0.1", self.port))
-            return True
-        return False
-
-    def close(self) -> None:
-        """Stop it; safe to call twice."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait(10)
-        if self.process.stderr is not None:
-            self.process.stderr.close()
+        super().__init__(folder, [path_of("nginx"), "-p", str(folder), "-c", "nginx.conf", "-e", "error.log"], port)
 
     def __enter__(self) -> Self:
         return self

@@ -98,7 +98,7 @@ def test_answers_use_the_group_of_the_host(rig: Rig, groups: bytes) -> None:
 @NGINX
 @pytest.mark.parametrize("version", [1, 2])
 def test_through_a_unix_socket_with_a_proxy_header(rig: Rig, version: int) -> None:
-    with nginx(rig, "ec", 0, unix=True, proxy_protocol=True) as host:
+    with nginx(rig, "ec", 0, proxy_protocol=True) as host:
         proxy = rig.proxy({"censorship": {"tls_emulation": True, "mask_unix_sock": str(host.path), "mask_proxy_protocol": version}})
         assert profile(proxy)["profile"]["suite"] in (0x1301, 0x1302, 0x1303)
         assert not re.search('broken header: "[^"]', (host.folder / "error.log").read_text())      # an empty one is our look at it
