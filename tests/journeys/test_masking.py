@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import re
+import signal
 import socket
 import ssl
 import subprocess
@@ -65,6 +66,44 @@ def test_fifty_megabytes_arrive_whole_while_a_client_is_served(rig: Rig, site: N
     assert got == [big_file()[1]]
     client.download(4 << 20)
     assert len(rig.dc.peers) == 1
+
+
+@pytest.mark.parametrize("how", ["localhost", "override"])
+def test_the_site_under_a_name(rig: Rig, site: Nginx, how: str) -> None:
+    """By the system's resolver, whose first address may be ::1 where nobody listens; and by an override."""
+    needs("curl")
+    named = {"localhost": ("localhost", []), "override": ("Mask.Example", [f"mask.example:{site.port}:127.0.0.1"])}[how]
+    proxy = rig.proxy(masking(site, mask_host=named[0]) | {"network": {"dns_overrides": named[1]}})
+    for _ in range(3):
+        assert curl(proxy.port, "index.txt")["body"] == b"the real site\n"
+
+
+def test_a_reload_moves_the_mask_host(rig: Rig, site: Nginx) -> None:
+    """For strangers to come; who is joined already stays with the old one."""
+    needs("curl")
+    proxy = rig.proxy(masking(site))
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as early:
+        early.sendall(HELLO)
+        assert early.recv(5)[:1] == b"\x16"
+        text = proxy.config.read_text().replace(f"mask_port = {site.port}", f"mask_port = {site.plain}")
+        proxy.config.write_text(text)
+        proxy.process.send_signal(signal.SIGHUP)
+        proxy.wait_log("config reload: censorship.mask_port: ")
+        assert say(proxy.port, OLD + b"\r\n")[0].startswith(b"HTTP/1.1 200")
+        early.sendall(HELLO)                    # a second hello: the old site answers with an alert, encrypted
+        while piece := early.recv(65536):
+            last = piece
+        assert last[-24:-19] == b"\x17\x03\x03\x00\x13"
+
+
+def test_an_upload_gets_the_answer_of_the_site(rig: Rig, site: Nginx, tmp_path: Path) -> None:
+    """Eight megabytes that nginx does not want: its refusal arrives, however much is still on the way."""
+    needs("curl")
+    proxy = rig.proxy(masking(site))
+    (tmp_path / "up").write_bytes(big_file()[0][:8 << 20])
+    words = ("--data-binary", f"@{tmp_path}/up", "--http1.1", "--header", "Expect:")
+    direct, through = curl(site.port, "index.txt", *words), curl(proxy.port, "index.txt", *words)
+    assert direct == through and direct["status"] in (405, 413)
 
 
 def test_s_client_sees_the_same_certificate(rig: Rig, site: Nginx) -> None:

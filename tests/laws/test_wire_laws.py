@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import telemt
-from telemt import (ClientHello, FlightReader, FrontProfile, FrontShape, KeyedHmac, Reason, RecordReader, ReplayWindow, ServerHello,
-                    Transport, WireError, build_front_file, build_probe_hello, build_server_hello, has_reserved_prefix, make_dc_preamble,
-                    match_client_hello, parse_client_hello, parse_client_preamble, parse_front_file, without_random)
+from telemt import (PROXY_HEAD_MAX, ClientHello, FlightReader, FrontProfile, FrontShape, KeyedHmac, Reason, RecordReader, ReplayWindow,
+                    ServerHello, Transport, WireError, build_front_file, build_probe_hello, build_proxy_header, build_server_hello,
+                    has_reserved_prefix, make_dc_preamble, match_client_hello, parse_client_hello, parse_client_preamble, parse_front_file,
+                    parse_proxy_header, without_random)
 from tests.cases import BACKEND, client_preamble, signed_hello
 
 HELLO = signed_hello(timestamp=1_760_000_000)
@@ -214,3 +215,47 @@ def test_front_file_round_trip(flights, suite, group, order, fetched_at, plain):
     profile = FrontProfile(tuple(flights), suite, group, tuple(order), float(fetched_at), "file", tuple(plain), "a.example:443")
     hello = ServerHello(b"\3\3", bytes(32), b"", suite, 0, ((43, b"\3\4"),))
     assert parse_front_file(build_front_file("a.example", profile, hello), 1.0) == ("a.example", profile)
+
+
+# -- PROXY headers
+
+ends = st.one_of(st.tuples(st.ip_addresses(v=4).map(str), st.integers(0, 65_535)),
+                 st.tuples(st.ip_addresses(v=6).filter(lambda ip: ip.ipv4_mapped is None).map(str), st.integers(0, 65_535)))
+
+
+def told(data):
+    """What a PROXY reader says of `data`: "bad", None = more is needed, or the header."""
+    try:
+        return parse_proxy_header(data)
+    except WireError as error:
+        assert error.reason is Reason.PROXY_INVALID
+        return "bad"
+
+
+@given(st.one_of(st.binary(max_size=200), st.binary(max_size=120).map(lambda rest: b"PROXY " + rest),
+                 st.binary(max_size=90).map(lambda rest: b"\r\n\r\n\0\r\nQUIT\n" + rest)))
+def test_proxy_header_verdicts_are_final(data):
+    """More bytes turn `more is needed` into a verdict, and change none; what is over the limit is never looked at."""
+    verdicts = [told(data[:size]) for size in range(len(data) + 1)]
+    known = [verdict for verdict in verdicts if verdict is not None]
+    assert known == known[:1] * len(known)
+    assert len(verdicts) <= PROXY_HEAD_MAX or verdicts[PROXY_HEAD_MAX] is not None
+
+
+@given(st.sampled_from((1, 2)), ends, ends, st.binary(max_size=40))
+def test_proxy_header_round_trip(version, source, destination, rest):
+    wire = build_proxy_header(version, source, destination)
+    mixed = (":" in source[0]) != (":" in destination[0])
+    assert told(wire + rest) == (version, len(wire), *((None, None) if mixed else (source, destination)))
+    assert all(told(wire[:size]) is None for size in range(min(16, len(wire) - 2)))
+
+
+@given(ends, ends, st.text(alphabet="0123456789abcdefTCP46. :", max_size=60))
+def test_proxy_line_has_exactly_its_five_words(source, destination, noise):
+    """What is put behind a good line is bad, unless it is more of the port, or follows UNKNOWN and a space."""
+    header = told(build_proxy_header(1, source, destination)[:-2] + noise.encode() + b"\r\n")
+    if (":" in source[0]) != (":" in destination[0]):
+        assert (header != "bad") is (not noise or noise.startswith(" "))
+    else:
+        port = int(f"{destination[1]}{noise}") if not noise or noise.isdigit() else 65_536
+        assert header == ("bad" if port > 65_535 else (1, header.size, source, (destination[0], port)))
