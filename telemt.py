@@ -7196,6 +7196,11 @@ class Arena:
             fcntl.fcntl(pipe.write_fd, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
         return pipe
 
+    @property
+    def pipes_held(self) -> int:
+        """Pipes that carry bytes now."""
+        return self._pipes_made - len(self._pipes)
+
     def give_pipe(self, pipe: Pipe, empty: bool) -> None:
         """Take a pipe back; one that still holds bytes is closed."""
         if empty:
@@ -11244,6 +11249,8 @@ MASK_ENDING_S: Final = 30.0              # the same once one side has ended
 _MASK_RETRY_S: Final = 0.05              # the backlog of a unix socket was full
 _LOOP: Final = "Mask target is this proxy"
 _HEAD_KEPT: Final = 64                   # bytes by which a connection of ours is recognised
+_MASK_LEVEL: Final = QUANTA.index(65_536)          # of a read into memory
+_MASK_PIPES: Final = 8                   # that strangers may fill
 _LAST_WORDS: Final = 16                  # reads of what a side said before it reset the connection
 
 
@@ -11426,6 +11433,24 @@ class MaskDial:
             self._masks.loop.call(done, result)
 
 
+class MaskFlow(CopyFlow):
+    """One direction of a masked connection: 64 KiB of a stranger's bytes in our memory are enough (D9); bulk goes through a pipe.
+
+    A pipe that a slow stranger fills is his until he reads, so half of them are left to clients.
+    """
+
+    __slots__ = ()
+
+    def run(self) -> int:
+        """Move one quantum."""
+        if self.level > _MASK_LEVEL:
+            pipe = self.arena.take_pipe() if self._piped == 0 and self.arena.pipes_held < _MASK_PIPES else None
+            if pipe is not None:
+                return self._splice(pipe, QUANTA[-1])
+            self.level = _MASK_LEVEL
+        return super().run()
+
+
 class MaskRelay:
     """A stranger and the mask host, joined: owner of both streams until one of them has had enough."""
 
@@ -11433,7 +11458,7 @@ class MaskRelay:
 
     def __init__(self, masks: Masks, peer: str, client: Stream, mask: Stream) -> None:
         self.masks, self.peer, self.client, self.mask = masks, peer, client, mask
-        self.up, self.down = CopyFlow(masks.arena, client, mask), CopyFlow(masks.arena, mask, client)
+        self.up, self.down = MaskFlow(masks.arena, client, mask), MaskFlow(masks.arena, mask, client)
         self.last_at = masks.loop.now          # last byte in either direction
         self.closed = False
 

@@ -365,7 +365,31 @@ def test_a_slow_side_stops_the_other(hall):
     host.close()
 
 
-def test_bulk_is_whole(hall, rng):
+def test_strangers_who_do_not_read_cost_little_memory_and_leave_pipes_to_clients(hall):
+    """D9: 64 KiB at most wait in our memory; the reads of a session grow to a megabyte."""
+    relays = [hall.relay() for _ in range(12)]
+    for _, _, relay in relays:
+        relay.start(b"", False)
+    for _ in range(400):
+        for _, host, _ in relays:
+            try:
+                host.send(bytes(1 << 20))
+            except BlockingIOError:
+                pass
+        hall.loop.turn()
+    kept = [len(relay.down._queue or b"") for _, _, relay in relays]
+    assert all(relay.down.pending for _, _, relay in relays) and max(kept) <= 65_536
+    assert hall.arena.pipes_held <= 8
+    for stranger, host, relay in relays:
+        relay.close(None)
+        stranger.close()
+        host.close()
+    assert hall.arena.pipes_held == 0
+
+
+@pytest.mark.parametrize("paths", [(), ("no-splice",)])
+def test_bulk_is_whole(hall, rng, paths):
+    hall.arena.can_splice = not paths
     stranger, host, relay = hall.relay()
     relay.start(b"", False)
     data, got, at = rng.randbytes(8 << 20), bytearray(), 0
