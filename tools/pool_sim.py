@@ -18,6 +18,9 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import telemt
 from telemt import Endpoint, Phase
@@ -29,10 +32,15 @@ SILENT_DIAL_S = 10.0           # timeouts.tg_connect
 
 @dataclass
 class Site:
-    """How an endpoint behaves: `up`, `refuse`, `silent`, or `flap` (links live `life_s`)."""
+    """How an endpoint behaves: `up`, `refuse`, `silent`, or `flap` (links live `life_s`); `outage` overrides it."""
 
     mode: str = "up"
     life_s: float = 5.0
+    outage: str = ""
+
+    @property
+    def now(self) -> str:
+        return self.outage or self.mode
 
 
 @dataclass
@@ -48,8 +56,9 @@ class Tally:
     cut: int = 0
     plans: int = 0
     levels: Counter[str] = field(default_factory=Counter)
-    gap_s: dict[int, float] = field(default_factory=dict)              # dc -> longest time without a bindable link
+    gap_s: dict[int, float] = field(default_factory=dict)              # dc -> longest time without a link though its endpoints answered
     down_s: dict[int, float] = field(default_factory=dict)             # dc -> all of it
+    outages: Counter[int] = field(default_factory=Counter)             # dc -> times when none of them did
 
 
 class Sim:
@@ -72,6 +81,8 @@ class Sim:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = 0
         self._gone_since: dict[int, float] = {}
+        self._healed_at: dict[int, float] = {}
+        self._moved = True                      # links came or went
         self._session_ids = 0
         self._generation = 1
         self._news = False
@@ -133,6 +144,7 @@ class Sim:
                 if self.auto:
                     self._answer(action)
             case telemt.CloseLink(link_id):
+                self._moved = True
                 self._end_sessions(self.sessions.pop(link_id), link_id)
             case telemt.CutSessions(link_id, count):
                 bound = self.sessions[link_id]
@@ -147,6 +159,8 @@ class Sim:
                     self.lines.append((level, text))
             case telemt.WakeAt(at):
                 self.wake_at = at
+            case telemt.DrainLink():
+                self._moved = True
             case _:
                 pass
 
@@ -157,7 +171,7 @@ class Sim:
 
     def _answer(self, action: telemt.OpenLink) -> None:
         site = self.sites.setdefault(action.endpoint, Site())
-        delay_s = {"refuse": 0.03, "silent": SILENT_DIAL_S}.get(site.mode, DIAL_S) * (0.8 + 0.4 * self.random.random())
+        delay_s = {"refuse": 0.03, "silent": SILENT_DIAL_S}.get(site.now, DIAL_S) * (0.8 + 0.4 * self.random.random())
         self.later(delay_s, lambda: self.settle(action.link_id))
 
     def settle(self, link_id: int) -> None:
@@ -166,17 +180,18 @@ class Sim:
         if action is None:
             return
         site = self.sites[action.endpoint]
-        if site.mode in ("refuse", "silent"):
+        if site.now in ("refuse", "silent"):
             self.fail(link_id)
             return
         self.ready(link_id)
-        if site.mode == "flap":
+        if site.now == "flap":
             self.later(site.life_s * (0.5 + self.random.random()), lambda: self.lose(link_id))
         else:
             self.later(IDLE_CLOSE_S, lambda: self._idle_close(link_id))
 
     def ready(self, link_id: int) -> None:
         del self.open[link_id]
+        self._moved = True
         self.sessions[link_id] = {}
         self.planner.on_link_ready(self.now, link_id)
 
@@ -190,6 +205,7 @@ class Sim:
         bound = self.sessions.pop(link_id, None)
         if bound is None:
             return
+        self._moved = True
         self.tally.lost += 1
         self.planner.on_link_lost(self.now, link_id, why)
         self._end_sessions(bound, link_id)
@@ -236,13 +252,28 @@ class Sim:
     def _live(self) -> dict[int, set[int]]:
         return {group.dc: {link.link_id for link in group.links.values() if link.live} for group in self.planner.roster.groups.values()}
 
+    def outage(self, dcs: list[int], mode: str, seconds: float) -> None:
+        """All endpoints of these DCs are gone for a while."""
+        for dc in dcs:
+            self.tally.outages[dc] += 1
+            self._healed_at[dc] = self.now + seconds
+            sites = [self.sites[endpoint] for endpoint in self.planner.roster.groups[dc].endpoints]
+            for site in sites:
+                site.outage = mode
+                self.later(seconds, lambda site=site: setattr(site, "outage", ""))        # type: ignore[misc]
+            for link in list(self.planner.roster.groups[dc].links.values()):
+                self.lose(link.link_id)
+
     def _watch(self) -> None:
+        if not self._moved:
+            return
+        self._moved = False
         for group in self.planner.roster.groups.values():
             alive = not group.endpoints or any(link.live for link in group.links.values())
             if not alive:
                 self._gone_since.setdefault(group.dc, self.now)
             elif group.dc in self._gone_since:
-                gap_s = self.now - self._gone_since.pop(group.dc)
+                gap_s = max(0.0, self.now - max(self._gone_since.pop(group.dc), self._healed_at.get(group.dc, -math.inf)))
                 self.tally.gap_s[group.dc] = max(gap_s, self.tally.gap_s.get(group.dc, 0.0))
                 self.tally.down_s[group.dc] = self.tally.down_s.get(group.dc, 0.0) + gap_s
 
@@ -338,12 +369,18 @@ def two_days(hours: float = 48.0, dcs: int = 10, each: int = 4, seed: int = 1, c
         sim.publish(listed, epoch=1 + int(chance.random() < 0.3))
         sim.later(12 * 3600, relist)
 
+    def disaster() -> None:
+        """Every three hours or so a whole data centre is gone for minutes; every fourth time all are."""
+        everything = sim.tally.outages.total() % 4 == 3
+        gone = list(listed) if everything else [chance.choice(list(listed))]
+        sim.outage(gone, chance.choice(("refuse", "silent")), chance.uniform(20, 900))
+        sim.later(chance.expovariate(1 / 10_000), disaster)
+
     sim.later(60, trouble)
+    sim.later(2 * 3600, disaster)
     sim.later(1, visitor)
     sim.later(6 * 3600, relist)
     sim.run(hours * 3600)
-    for dc, since in list(sim._gone_since.items()):
-        sim.tally.gap_s[dc] = max(sim.now - since, sim.tally.gap_s.get(dc, 0.0))
     return sim
 
 
@@ -355,7 +392,8 @@ def report(sim: Sim, hours: float) -> str:
              f"  (failed {tally.failed}, links lost {tally.lost}, plans {tally.plans})"]
     for dc in sorted(sim.planner.roster.groups):
         down = tally.down_s.get(dc, 0.0)
-        lines.append(f"DC {dc:3}: coverage {100 - 100 * down / (hours * 3600):7.3f} %, longest gap {tally.gap_s.get(dc, 0.0):6.2f} s")
+        lines.append(f"DC {dc:3}: coverage {100 - 100 * down / (hours * 3600):7.3f} %, longest gap {tally.gap_s.get(dc, 0.0):6.2f} s,"
+                     f" {tally.outages[dc]} outages not counted")
     lines.append(f"sessions: {tally.bound} bound, {tally.direct} direct, {tally.refused} refused, {tally.cut} cut at a drain deadline")
     shown = ("pool_swap_total", "endpoint_quarantine_total", "refill_triggered_total", "refill_failed_total", "writer_removed_total",
              "writer_removed_unexpected_total", "reconnect_attempt_total", "reconnect_success_total")
