@@ -145,7 +145,7 @@ def parse_body(body: bytes) -> dict[str, Any]:
         text = body.decode()
         if text.count("[") + text.count("{") > _NESTING_MAX:
             _check_nesting(text)
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_parse_int)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_parse_int, parse_float=_parse_float)
         if "\\u" in text or "\\U" in text:
             json.dumps(value, ensure_ascii=False).encode()         # a lone surrogate has no UTF-8
     except (ValueError, RecursionError):       # UnicodeError and JSONDecodeError are ValueErrors
@@ -164,6 +164,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(text: str) -> Any:
     raise ValueError(text)
+
+
+def _parse_float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError("beyond all numbers")
+    return value
 
 
 def _parse_int(text: str) -> int | float:

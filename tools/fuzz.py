@@ -22,7 +22,9 @@ import functools
 import hashlib
 import hmac
 import random
+import re
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -563,6 +565,93 @@ def check_quota(data: bytes) -> str:
     again = telemt.parse_quota_state(telemt.render_quota_state((name, *pair) for name, pair in found.items()))
     assert len(again) <= len(found) and all(pair in found.values() for pair in again.values())
     return str(min(len(found), 3))
+# -- the control plane -------------------------------------------------------------------------------------------------------------
+
+class FakeSocket:
+    """Gives out bytes in pieces, takes what is sent; the peer has closed its side."""
+
+    family = socket.AF_UNIX
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self._pieces = [piece for piece in pieces if piece]
+        self.sent = bytearray()
+
+    def settimeout(self, seconds: float) -> None:
+        assert seconds > 0
+
+    def recv(self, size: int) -> bytes:
+        return self._pieces.pop(0) if self._pieces else b""
+
+    def sendall(self, data: bytes) -> None:
+        self.sent += data
+
+    def shutdown(self, how: int) -> None:
+        pass
+
+
+class EchoSite:
+    """Says what it understood."""
+
+    def admits(self, peer: str) -> bool:
+        return True
+
+    def refuse(self, error: telemt_api.ApiError, peer: str) -> telemt_api.Answer:
+        return telemt_api.Answer(error.status, "text/plain", [error.code.encode()], close=True)
+
+    def answer(self, request: telemt_api.Request) -> telemt_api.Answer:
+        try:
+            body = request.body(1000) if request.head.method != "GET" else b""
+        except telemt_api.ApiError as error:
+            return self.refuse(error, "")
+        assert len(body) <= 1000
+        return telemt_api.Answer(200, "text/plain", [request.head.method.encode(), request.head.target.encode(), body])
+
+
+class EchoServer:
+    """As much of a server as a handler needs."""
+
+    site = EchoSite()
+
+
+def converse(pieces: Sequence[bytes]) -> bytes:
+    """What a client gets back that sends these pieces and closes; dates removed."""
+    sock: Any = FakeSocket(pieces)
+    server: Any = EchoServer()
+    wire: Any = telemt_api.Wire(sock)
+    telemt_api.Handler(wire, ("127.0.0.1", 1), server)
+    return re.sub(rb"Date: [^\r]*", b"Date:", bytes(sock.sent))
+
+
+def check_http(data: bytes) -> str:
+    """A conversation: every split of the bytes is answered alike; only our own status codes leave."""
+    whole = converse([data])
+    cut = len(data) // 3
+    assert whole == converse([data[:cut], data[cut:2 * cut], data[2 * cut:]])
+    assert whole == converse([data[at:at + 7] for at in range(0, len(data), 7)])
+    statuses = re.findall(rb"HTTP/1\.1 (\d+)", whole)
+    assert set(statuses) <= {b"100", b"200", b"400", b"408", b"413", b"414", b"431", b"501", b"505"}
+    return b" ".join(statuses[:4]).decode()
+
+
+def check_target(data: bytes) -> str:
+    """A request target: a route and a user, or ApiError; the readers of queries never fail otherwise."""
+    method, _, rest = data.decode("latin-1").partition(" ")
+    target = re.sub("[^!-~]", "", rest)
+    assert 1 <= telemt_api.events_limit(target) <= 1000
+    route, name = telemt_api.find_route(method, telemt_api.path_of(target))
+    assert "/" not in name and "\0" not in name
+    if route.name == "get_qr":
+        telemt_api.wanted_link(target)
+    return route.name
+
+
+API = (telemt_api.ApiError,)
+CONVERSATIONS = [
+    b"GET /1?a HTTP/1.1\r\nHost: a\r\n\r\nPOST /2 HTTP/1.1\nContent-Length: 2\n\nabGET /3 HTTP/1.0\r\n\r\n",
+    b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n2;x\r\nab\r\n0\r\nT: 1\r\n\r\nHEAD / HTTP/1.1\r\n\r\n",
+    b"PATCH /v1/users/bob HTTP/1.1\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}"]
+HTTP_WORDS = [b"\r\n", b"\n\n", b"Content-Length: ", b"Transfer-Encoding: chunked\r\n", b"0\r\n\r\n", b" HTTP/1.1\r\n", b"Host: b\r\n",
+              b";" * 40, b"a" * 400]
 
 
 def all_targets() -> list[Target]:
@@ -592,6 +681,9 @@ def all_targets() -> list[Target]:
         Target("body", check_body, BODIES, (), BODY_WORDS),
         Target("quota", check_quota, [telemt.render_quota_state([("alice", 5, 0), ("b", 0, 7)]), b'{"users":{}}'], (ValueError,),
                [b"null", b"-1", b"1e5", b"[", b"{", b'"', b"18446744073709551616", b"\\ud800"]),
+        Target("http", check_http, CONVERSATIONS, (), HTTP_WORDS),
+        Target("target", check_target, [b"GET /v1/users/bob/qr?kind=tls&index=1", b"PATCH /v1/users/%C3%A4?limit=5", b"GET http://h/v1/health/"],
+               API, [b"/", b"%2F", b"%00", b"?", b"&", b"limit=", b"kind=", b"index=", b"users/", b"%ff"]),
         Target("endpoint", check_endpoint, ENDPOINTS, CONFIG, [b":", b"[", b"]", b"::", b"%", "\u0663".encode()]),
     ]
 
