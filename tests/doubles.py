@@ -841,7 +841,7 @@ def run_program(*args: str, cwd: Path, timeout: float = 10.0, env: dict[str, str
                           capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
-class ApiClient:
+class ApiScript:
     """A script that uses the Control API: one connection per request."""
 
     def __init__(self, port: int, host: str = "127.0.0.1") -> None:

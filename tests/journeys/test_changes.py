@@ -13,19 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from doubles import ROOT, USERS, ApiClient, Proxy, Rig, free_port
+from doubles import ROOT, USERS, ApiScript, Proxy, Rig, free_port
 from test_reload import rename_over
 
 EVE = "0123456789abcdef0123456789abcdef"
 
 
-def start(rig: Rig, **api: object) -> tuple[Proxy, ApiClient]:
+def start(rig: Rig, **api: object) -> tuple[Proxy, ApiScript]:
     """A proxy with its API, and somebody to use it; the file has comments that have to stay."""
     port = free_port()
     proxy = rig.proxy({"server": {"api": {"enabled": True, "listen": f"127.0.0.1:{port}", **api}}})
     rename_over(proxy.config, "# kept\n" + proxy.config.read_text().replace("[access.users]", "[access.users]  # kept as well"))
     proxy.wait_log("API endpoint")
-    return proxy, ApiClient(port)
+    return proxy, ApiScript(port)
 
 
 def users_of(proxy: Proxy) -> dict[str, str]:

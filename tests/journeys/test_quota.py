@@ -5,15 +5,15 @@ import json
 import signal
 from pathlib import Path
 
-from doubles import MIB, ApiClient, Proxy, Rig, free_port, poll
+from doubles import MIB, ApiScript, Proxy, Rig, free_port, poll
 
 
-def start(rig: Rig) -> tuple[Proxy, ApiClient, Path]:
+def start(rig: Rig) -> tuple[Proxy, ApiScript, Path]:
     port = free_port()
     proxy = rig.proxy({"general": {"quota_state_path": "state/quota.json"}, "access": {"user_data_quota": {"bob": 3 * MIB}},
                        "server": {"api": {"enabled": True, "listen": f"127.0.0.1:{port}"}}})
     proxy.wait_log("API endpoint")
-    return proxy, ApiClient(port), proxy.folder / "state" / "quota.json"
+    return proxy, ApiScript(port), proxy.folder / "state" / "quota.json"
 
 
 def again(rig: Rig, proxy: Proxy) -> Proxy:
@@ -23,7 +23,7 @@ def again(rig: Rig, proxy: Proxy) -> Proxy:
     return rig.proxies[-1]
 
 
-def used(api: ApiClient, user: str = "bob") -> int:
+def used(api: ApiScript, user: str = "bob") -> int:
     return int(api.data(f"/v1/users/{user}")["quota_used_bytes"])
 
 

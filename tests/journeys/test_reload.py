@@ -4,12 +4,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from doubles import MIB, USERS, Client, Rig, poll
+from fake_middle_end import MeWorld
 
 EVE = "0123456789abcdef0123456789abcdef"
 ADDED = r"INFO telemt::config: config reload: users added: \[eve\]"
@@ -153,6 +154,34 @@ def test_sessions_end_with_their_user(rig: Rig, change: str) -> None:
     proxy.wait_log("Disabled user rejected" if change == "disabled" else "direct_bad_header")
     if change == "another secret":
         rig.client(secret=bytes.fromhex(EVE)).req_pq()
+
+
+@pytest.fixture
+def world() -> Iterator[MeWorld]:
+    with MeWorld({2: 1}) as found:
+        yield found
+        assert found.faults == []
+
+
+def test_sessions_through_the_middle_end_end_too(rig: Rig, world: MeWorld) -> None:
+    """The middle end is told by CLOSE_CONN, and a user's ad tag is hot."""
+    tag = "0" * 31 + "1"
+    proxy = rig.proxy(world.config())
+    [me] = world
+    me.take()
+    kept, ended = rig.client("alice"), [rig.client("bob", mode) for mode in ("tls", "secure")]
+    for client in (kept, *ended):
+        client.req_pq()
+    text = proxy.config.read_text()
+    rename_over(proxy.config, text.replace(f'bob = "{USERS["bob"]}"\n', "") + f'\n[access.user_ad_tags]\nalice = "{tag}"\n')
+    proxy.wait_log("INFO telemt::config: config reload: closed 2 connections of user bob")
+    for client in ended:
+        client.expect_closed()
+    poll(lambda: [kind for _, kind in me.closes()] == ["conn", "conn"], "both connections closed at the middle end")
+    kept.echo()
+    rig.client("alice").req_pq()
+    tags = [request.tag for request in me.requests()]
+    assert len(tags) >= 4 and sorted(tags)[-1] == bytes.fromhex(tag) and not any(sorted(tags)[:-1]), tags
 
 
 def test_sessions_of_an_expired_user_end_within_the_sweep(rig: Rig) -> None:
