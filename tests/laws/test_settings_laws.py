@@ -190,3 +190,24 @@ def test_a_part_moved_into_a_file_of_its_own_reads_the_same(cut: list[int]) -> N
     assert paths == ("part",)
     expected = lines if low != high else [*lines[:low], "", *lines[low:]]
     assert expanded.split("\n") == expected
+
+
+@given(harmless(), harmless())
+def test_a_reload_takes_every_hot_key_and_no_other_and_names_each(before: dict[str, Any], after: dict[str, Any]) -> None:
+    old, new = load(before), load(after)
+    if old is None or new is None:
+        return
+    running = telemt.merge_hot(old.settings, new.settings)
+    changes = {change.path: change for change in telemt.diff_settings(old.settings, new.settings)}
+    follows = changes.pop("censorship.mask_host", None)                      # may wait for a tls_domain: has a test of its own
+    hot = {path for path, change in changes.items() if change.reload in (telemt.Reload.HOT, telemt.Reload.HOT_OURS)}
+    taken = {change.path for change in telemt.diff_settings(old.settings, running)} - {"censorship.mask_host"}
+    assert taken == hot
+    assert {change.path for change in telemt.diff_settings(running, new.settings)} - {"censorship.mask_host"} == set(changes) - hot
+    assert telemt.merge_hot(running, new.settings) == running              # once is enough
+    told = telemt.describe_hot(old.settings, new.settings)
+    silent = {path for path in hot if path in telemt._UNTOLD or path == "general.update_every"}
+    assert bool(told) or not hot - silent or follows
+    assert bool(telemt.describe_restart(old.settings, new.settings)) == any(
+        change.reload in (telemt.Reload.RESTART, telemt.Reload.RESTART_OURS) for change in changes.values())
+    assert telemt.describe_hot(new.settings, new.settings) == telemt.describe_restart(new.settings, new.settings) == []
