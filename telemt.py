@@ -11327,12 +11327,13 @@ class MaskStream(Stream):
 class MaskDial:
     """One way to the mask host, direct, never through an upstream.  done(stream or RouteError) is called once, after this returned."""
 
-    __slots__ = ("_masks", "_cert", "_ours", "_done", "_ips", "_dial", "_end", "_timer")
+    __slots__ = ("_masks", "_cert", "_ours", "_done", "_ips", "_share_s", "_dial", "_end", "_timer")
 
     def __init__(self, masks: Masks, cert: Censorship, ours: Address | None, done: Callable[[Stream | RouteError], None]) -> None:
         self._masks, self._cert, self._ours = masks, cert, ours
         self._done: Callable[[Stream | RouteError], None] | None = done
         self._ips: list[str] = []
+        self._share_s = MASK_CONNECT_S         # of the time, for each address
         self._dial: Dial | None = None
         self._end: Address | None = None       # local end of the current attempt
         self._timer: Timer | None = None
@@ -11351,8 +11352,6 @@ class MaskDial:
         self._done = None
         self._masks.deadlines.cancel(self)
         self._drop_attempt()
-        if self._timer is not None:
-            self._timer.cancel()
 
     def on_crash(self) -> None:
         """Our own error while connecting."""
@@ -11381,10 +11380,11 @@ class MaskDial:
     def _on_names(self, result: list[str] | Exception) -> None:
         if self._done is None:
             return
-        if isinstance(result, Exception):
-            self._masks.loop.defer(functools.partial(self._fail, result))
+        if isinstance(result, Exception) or not result:
+            self._masks.loop.defer(functools.partial(self._fail, result if isinstance(result, Exception) else RouteError("no address")))
             return
         self._ips = list(result)
+        self._share_s = MASK_CONNECT_S / len(result)
         self._connect_next()
 
     def _connect_next(self) -> None:
@@ -11398,6 +11398,12 @@ class MaskDial:
         self._end = self._dial.local_end()
         if self._end is not None:
             masks.ends[self._end] = b""
+        if self._ips:                          # one that swallows SYNs must leave time for the others
+            self._timer = masks.loop.call_later(self._share_s, self._overtake)
+
+    def _overtake(self) -> None:
+        self._drop_attempt()
+        self._connect_next()
 
     def _on_dialled(self, result: Stream | RouteError) -> None:
         if isinstance(result, Stream):
@@ -11411,6 +11417,8 @@ class MaskDial:
             self._fail(result)
 
     def _drop_attempt(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         if self._dial is not None:
             self._dial.abort()
         if self._end is not None:
@@ -13097,16 +13105,17 @@ class ClientSession:
         self.dial = MaskDial(self.core.masks, self.settings.censorship, self.local_end(), functools.partial(self._on_mask, ended))
 
     def _on_mask(self, ended: bool, result: Stream | RouteError) -> None:
-        core, self.dial = self.core, None
+        core = self.core
         if isinstance(result, RouteError):
+            self.dial = None
             core.masks.leave()
             self._discard(ended)
             return
         version = self.settings.censorship.mask_proxy_protocol
         opening = build_proxy_header(version, (self.ip, self.port), self.local_end()) if version else b""
         core.handshakes.cancel(self)
-        self._enter(S.CLOSED)                  # this session owns nothing any more
         relay = MaskRelay(core.masks, self.peer, self.stream, result)
+        self._enter(S.CLOSED)                  # this session owns nothing any more
         core.hand_over(self, relay)
         core.loop.call(relay.start, opening + self.inbox.take_all(), ended)
 

@@ -100,6 +100,25 @@ def test_every_address_is_tried_in_order(hall, server):
     assert isinstance(hall.results[0], Stream)
 
 
+def test_an_address_that_does_not_answer_leaves_time_for_the_next(hall, server):
+    """Found by a colleague: the first one had all five seconds."""
+    with socket.socket() as hole, socket.socket() as guest:
+        hole.bind(("127.0.0.2", 0))
+        hole.listen(0)
+        port = hole.getsockname()[1]
+        guest.connect(hole.getsockname())      # the only place in its backlog: further SYNs are dropped
+        with socket.create_server(("127.0.0.1", port)) as good:
+            hall.resolver._known["site.example"] = (9e9, ["127.0.0.2", "127.0.0.1"])
+            hall.dial(f'mask_host = "site.example"\nmask_port = {port}')
+            hall.loop.turn(2.4)
+            hall.loop.settle()
+            assert not hall.results
+            hall.loop.turn(0.2)
+            hall.loop.settle()
+            good.accept()[0].close()
+    assert isinstance(hall.results[0], Stream) and len(hall.masks.ends) == 1
+
+
 def test_overrides_apply_to_exactly_that_host_and_port(hall, server):
     port = server.getsockname()[1]
     hall.resolver.overrides = telemt.parse_dns_overrides([f"Site.Example:{port}:127.0.0.1"])
