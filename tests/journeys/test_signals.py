@@ -82,6 +82,7 @@ def test_hang_up_is_never_fatal(rig: Rig) -> None:
     for _ in range(20):
         proxy.process.send_signal(signal.SIGHUP)
     proxy.wait_log("Listening on")
+    proxy.wait_log("SIGHUP received")                       # remembered (config.md 8 item 2)
     client = rig.client()
     client.req_pq()
     for _ in range(20):
