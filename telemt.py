@@ -41,8 +41,11 @@ user's limits, `Upstreams.connect_dc` dials, and both streams are joined in a `D
 until `DirectRelay.close` gives back the streams, the ticket and the place.  A peer that is no client leaves this path in one
 place, `ClientSession._stranger`.
 
-The life of a link.  Links to Telegram's middle end (rooms 9, 12 and 16) come with a later release; until then every session
-is direct, and `general.use_middle_proxy = true` is answered with a warning at start.
+The life of a link.  `Directory` downloads the proxy-secret and the lists of middle ends and tells `Pool`, which tells
+`PoolPlanner`; from then on the planner decides and the pool performs.  `OpenLink` makes a `MeLink`: dial, `LinkHandshake`,
+ready.  `Routing` asks `Pool.route`, gets a `Bind`, and a `MiddleRelay` joins the client to the link: its frames become
+`RPC_PROXY_REQ`, answers come back through the link's table of bound sessions.  `beat` keeps the link alive, `plan` replaces it
+when it idles, when its generation is renewed or its endpoint leaves the list: it drains, and `CloseLink` ends it.
 """
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The house: the section map is true, every rule of tools/house_check.py fires, and the documents name what exists."""
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -272,3 +273,17 @@ def test_help_lists_every_target() -> None:
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     phony = set(re.search(r"^\.PHONY: (.*)$", text, re.M)[1].split())      # type: ignore[index]
     assert phony == TARGETS == set(re.findall(r"^([a-z-]+):.*## ", text, re.M))
+
+
+def test_the_driver_of_the_pool_decides_nothing() -> None:
+    """Room 16 performs what room 12 says: in class Pool nothing is compared with a limit, and no key of the planner is read."""
+    tree = ast.parse((ROOT / "telemt.py").read_text(encoding="utf-8"))
+    bodies = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    ordered = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+    judged = [ast.unparse(node) for node in ast.walk(bodies["Pool"])
+              if isinstance(node, ast.Compare) and any(isinstance(op, ordered) for op in node.ops)]
+    assert judged == []
+    policy = {node.attr for name in ("Floors", "Roster", "Refill", "Renewal", "Swap", "Availability", "Dispatch", "Keepalive")
+              for node in ast.walk(bodies[name]) if isinstance(node, ast.Attribute)} & (set(telemt.General.members) - {"links"})
+    read = {node.attr for node in ast.walk(bodies["Pool"]) if isinstance(node, ast.Attribute)}
+    assert len(policy) > 20 and not policy & read
