@@ -525,15 +525,16 @@ def view_quotas(access: Access, users: Mapping[str, User]) -> JsonObject:
 # -- the reads that later versions added (15.1)
 
 def view_gates(general: General, route: RouteSnapshot | None, stage: str, accepting: bool, fallback_total: int) -> JsonObject:
-    """runtime/gates; route: None without `use_middle_proxy`."""
+    """runtime/gates; route: None without `use_middle_proxy`, and as long as the data plane has never told."""
     middle, degrade = general.use_middle_proxy, general.auto_degradation_enabled
-    ready = accepting and (route is None or route.me_ready or degrade)
+    pool_ready = not middle or (route is not None and route.me_ready)
+    ready = accepting and (pool_ready or degrade)
     if stage == "ready":                 # all steps are done, and yet it is not fit for clients
         stage = "me_pool_init_stage1" if accepting else "listeners_bind"
     word = "ready" if ready else stage
     goes_middle = middle and (route is None or route.middle)
     found: JsonObject = {
-        "accepting_new_connections": accepting, "conditional_cast_enabled": middle, "me_runtime_ready": route is None or route.me_ready,
+        "accepting_new_connections": accepting, "conditional_cast_enabled": middle, "me_runtime_ready": pool_ready,
         "me2dc_fallback_enabled": middle and degrade, "me2dc_fast_enabled": False, "use_middle_proxy": middle,
         "route_mode": "middle" if goes_middle else "direct", "reroute_active": middle and not goes_middle}
     if route is not None and middle and not route.middle:
@@ -2206,6 +2207,7 @@ _CROWDED_IDLE_S: Final = 5.0             # where all places are taken, who was i
 _DRAIN_MAX, _DRAIN_S = 65_536, 1.0
 _RETRY_S: Final = 10.0                   # after a bind that failed
 _ACCEPT_PAUSE_S: Final = 0.1             # after an accept that failed
+_SAID_AGAIN_S: Final = 10.0              # a repeated line of the log
 _BACKLOG: Final = 128
 _CHUNK_LINE_MAX: Final = 8 + 256 + 2     # size, extension, line end
 _TRAILERS_MAX: Final = 8
@@ -2545,7 +2547,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self._wires: set[Wire] = set()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._crowd_at = -math.inf             # last log line about too many connections
+        self._crowd_at = self._failed_at = -math.inf             # last log line about too many connections, about an accept
         super().__init__(address, Handler)     # raises OSError
 
     def server_bind(self) -> None:
@@ -2566,7 +2568,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
             sock, address = self.socket.accept()
         except OSError as error:
             if not self._stopped.is_set():
-                self._log.warn("API accept failed", error=error.strerror)
+                if time.monotonic() > self._failed_at + _SAID_AGAIN_S:
+                    self._failed_at = time.monotonic()
+                    self._log.warn("API accept failed", error=error.strerror)
                 self._stopped.wait(_ACCEPT_PAUSE_S)
             raise
         return Wire(sock), address
@@ -2579,7 +2583,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
             return False
         if self._find_place(request):
             return True
-        if time.monotonic() > self._crowd_at + 10.0:
+        if time.monotonic() > self._crowd_at + _SAID_AGAIN_S:
             self._crowd_at = time.monotonic()
             self._log.debug("Too many API connections", limit=self._places)
         return False
@@ -3601,6 +3605,8 @@ class Desk:
         self.events = Events(api.runtime_edge_events_capacity)
         self._minimal = Cached(self._build_minimal, api.minimal_runtime_cache_ttl_ms / 1000, lambda found: found.pool is not None)
         self._load = Cached(self._build_load, api.runtime_edge_cache_ttl_ms / 1000, lambda found: found is not None)
+        self._last_load: tuple[JsonObject, int] | None = None            # the last one that came, and when
+        self._route: RouteSnapshot | None = None
         self._frames: tuple[Settings, float, dict[str, UserFrame]] = (port.settings, -math.inf, {})
         self._openapi = functools.cache(lambda: dump_json(make_openapi(port.version)))
 
@@ -3774,8 +3780,9 @@ class Desk:
 
     def get_gates(self) -> str:
         sources, general = self.port.sources, self.port.settings.general
-        route = self._ask(sources.route) if general.use_middle_proxy and sources.route else None
-        return dump_json(view_gates(general, route, sources.stage, sources.accepting,
+        if general.use_middle_proxy and sources.route:
+            self._route = self._ask(sources.route) or self._route        # no answer in time: what it said last
+        return dump_json(view_gates(general, self._route, sources.stage, sources.accepting,
                                     self.port.counters.me.totals["fallback_sessions_total"]))
 
     def is_ready(self) -> tuple[bool, str]:
@@ -3786,7 +3793,7 @@ class Desk:
 
     # -- the edge of the runtime
 
-    def _build_load(self) -> JsonObject | None:
+    def _build_load(self) -> tuple[JsonObject, int] | None:
         settings = self.port.settings
         middle = 0
         if settings.general.use_middle_proxy and self.port.sources.pool:
@@ -3800,16 +3807,20 @@ class Desk:
             if octets or user.stats.current:
                 users.append(UserLoad(user.name, user.stats.current if counted else 0, octets))
             breathe(number)
-        return view_connections(users, middle, self.api.runtime_edge_top_n, counted, self.api.runtime_edge_cache_ttl_ms)
+        data = view_connections(users, middle, self.api.runtime_edge_top_n, counted, self.api.runtime_edge_cache_ttl_ms)
+        return data, int(time.time())
 
     def get_connections(self) -> str:
-        now_s = int(time.time())
         if not self.api.runtime_edge_enabled:
-            return dump_json(view_gated(None, FEATURE_DISABLED, now_s))
-        data, cached = self._load.get()
-        if data is not None:
-            data = data | {"cache": data["cache"] | {"served_from_cache": cached}}
-        return dump_json(view_gated(data, SOURCE_UNAVAILABLE, now_s, enabled=True))
+            return dump_json(view_gated(None, FEATURE_DISABLED, int(time.time())))
+        found, cached = self._load.get()
+        if found is not None:
+            self._last_load = found
+        if self._last_load is None:
+            return dump_json(view_gated(None, SOURCE_UNAVAILABLE, int(time.time()), enabled=True))
+        data, now_s = self._last_load
+        notes = {"served_from_cache": cached or found is None, "stale_cache_used": found is None}
+        return dump_json(view_gated(data | {"cache": data["cache"] | notes}, "", now_s))
 
     def get_events(self, limit: int) -> str:
         data = self.events.view(limit) if self.api.runtime_edge_enabled else None

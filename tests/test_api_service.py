@@ -396,6 +396,34 @@ def test_states_with_everything(make: Callable[[str], Desk]) -> None:
     assert desk.data("/v1/runtime/connections/summary")["data"]["totals"]["current_connections_me"] == 12
 
 
+def test_a_stale_summary_of_connections_is_better_than_none(make: Callable[[str], Desk], monkeypatch: pytest.MonkeyPatch) -> None:
+    """api.md 15.2: unavailable only when nothing was cached; the age of a cached one is told by its time stamp."""
+    desk = make(KEYS_ON.replace("[server.api]", "[server.api]\nruntime_edge_cache_ttl_ms = 0"))
+    desk.port.sources.pool, desk.port.answers = (lambda: POOL), False
+    assert desk.data("/v1/runtime/connections/summary")["reason"] == "source_unavailable"
+    desk.port.answers = True
+    first = desk.data("/v1/runtime/connections/summary")
+    assert first["data"]["cache"] == {"ttl_ms": 0, "served_from_cache": False, "stale_cache_used": False}
+    desk.port.answers = False
+    monkeypatch.setattr(time, "time", lambda: first["generated_at_epoch_secs"] + 60.0)
+    stale = desk.data("/v1/runtime/connections/summary")
+    assert stale["data"]["cache"] == {"ttl_ms": 0, "served_from_cache": True, "stale_cache_used": True}
+    assert stale["generated_at_epoch_secs"] == first["generated_at_epoch_secs"] and stale["data"]["totals"] == first["data"]["totals"]
+
+
+def test_gates_remember_the_last_route(make: Callable[[str], Desk]) -> None:
+    desk = make("[general]\nuse_middle_proxy = true\nauto_degradation_enabled = false\n")
+    desk.port.sources.admit(True, "")
+    desk.port.sources.stage = "ready"
+    desk.port.sources.route, desk.port.answers = (lambda: telemt.RouteSnapshot(True, True, 0, True, (), 0)), False
+    before = desk.data("/v1/runtime/gates")
+    assert (before["me_runtime_ready"], before["startup_status"]) == (False, "initializing")
+    desk.port.answers = True
+    assert desk.data("/v1/runtime/gates")["startup_status"] == "ready"
+    desk.port.answers = False
+    assert desk.data("/v1/runtime/gates")["startup_status"] == "ready"
+
+
 @pytest.mark.parametrize(("accepting", "healthy", "status"), [(True, True, 200), (True, False, 503), (False, True, 503)])
 def test_ready_is_503_with_a_success_envelope(desk: Desk, accepting: bool, healthy: bool, status: int) -> None:
     rows = [{"healthy": healthy, "route_kind": "direct"}]

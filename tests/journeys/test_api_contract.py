@@ -114,6 +114,20 @@ def test_every_mutation_fits_both_documents(start: Start) -> None:
     assert client.call("GET", "/v1/users/carol").status == 404
 
 
+def test_changes_leave_a_trace(start: Start) -> None:
+    """system/info counts what went live; the ring of events names it."""
+    client = start(**ON)
+    assert client.get("/v1/system/info")["config_reload_count"] == 0
+    client.call("PATCH", "/v1/users/alice", {"max_tcp_conns": 9})
+    client.call("PATCH", "/v1/users/nobody", {})
+    info = client.get("/v1/system/info")
+    assert info["config_reload_count"] == 1 and info["last_config_reload_epoch_secs"] >= info["process_started_at_epoch_secs"]
+    events = [(event["event_type"], event["context"]) for event in client.get("/v1/runtime/events/recent")["data"]["events"]]
+    assert ("admission.state", "accepting=true reason=start") in events
+    assert ("config.reload.applied", "count=1") in events and ("api.user.patch.ok", "username=alice") in events
+    assert ("api.user.patch.failed", "username=nobody code=not_found") in events
+
+
 def test_the_document_is_served(start: Start) -> None:
     client = start()
     import http.client
