@@ -14401,7 +14401,7 @@ class Reloader:
         if self._reading:
             return
         marks = {path: stat_mark(path) for path in self._marks}
-        if marks != self._marks or (self._looks % _HASH_TURNS == 0 and self._differs()):
+        if marks != self._marks or (self._looks % _HASH_TURNS == 0 and (not self._applied or self._differs())):
             self._marks = marks
             self._read(False)
 
@@ -14451,11 +14451,14 @@ class Reloader:
     # -- applying
 
     def _put(self, loaded: Loaded, digest: bytes) -> None:
-        before, self.loaded = self.loaded, loaded
-        self._applied, self._reported = digest, None
+        """Apply, and say what changed.  An error of ours on the way leaves `_applied` empty: the next look tries again."""
+        before, self._applied, self._reported = self.loaded, b"", None
+        if loaded.settings != before.settings or loaded.warnings != before.warnings:
+            self._put_changes(before, loaded)
+        self.loaded, self._applied = loaded, digest
         self.server.sources.reloaded(time.time())
-        if loaded.settings == before.settings and loaded.warnings == before.warnings:
-            return
+
+    def _put_changes(self, before: Loaded, loaded: Loaded) -> None:
         old, new = before.settings, loaded.settings
         hot = describe_hot(old, new)
         level = self._level_of(new.general.log_level) if old.general.log_level != new.general.log_level else LogBook.threshold
@@ -14467,18 +14470,18 @@ class Reloader:
             log_reload.info("config reload: %s", text)
         if level is None:
             log_reload.info("config reload: log_level ignored: RUST_LOG or the command line has set it")
-        self._warn(before)
+        self._warn(before, loaded)
         for name in sorted(new.access.users.keys() - old.access.users.keys()):
             print_new_user(self.server, name)
         LogBook.threshold = last if level is None else level
 
-    def _warn(self, before: Loaded) -> None:
+    def _warn(self, before: Loaded, loaded: Loaded) -> None:
         """Advice of the loader that was not there before."""
-        access = self.loaded.settings.access
+        access = loaded.settings.access
         told = {*before.warnings, *zero_limit_warnings(access)}
-        for text in (*(text for text in self.loaded.warnings if text not in told), *zero_limit_warnings(access, before.settings.access)):
+        for text in (*(text for text in loaded.warnings if text not in told), *zero_limit_warnings(access, before.settings.access)):
             log_reload.warn("%s", text)
-        for text in self.loaded.errors:
+        for text in loaded.errors:
             if text not in before.errors:
                 log_reload.error("%s", text)
 

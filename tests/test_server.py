@@ -624,6 +624,30 @@ def test_an_error_of_ours_in_a_reading_costs_that_reading(make_reloading, logged
     assert "bob" in bench.users
 
 
+@pytest.mark.parametrize("by_api", [False, True])
+def test_what_could_not_be_applied_is_tried_again(make_reloading, logged, monkeypatch, by_api):
+    """The file is what counts: a bug of ours in a component must not make us forget it (api.md 13)."""
+    bench = make_reloading()
+    text = BASE + f'bob = "{OTHER}"\n'
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.server, "_end_sessions", lambda users: 1 / 0)
+        bench.write(text)
+        if by_api:
+            with pytest.raises(ZeroDivisionError):
+                bench.reloader.apply(telemt.load_config(str(bench.path)), {str(bench.path): text.encode()})
+        else:
+            bench.look()
+            assert any("ZeroDivisionError" in text for _, text in logged)
+        assert bench.server.sources.reloads == 0
+    logged.clear()
+    bench.look(3)
+    assert bench.users == {"alice": SECRET, "bob": OTHER} and bench.server.sources.reloads == 1
+    assert (Level.INFO, "config reload: users added: [bob]") in logged
+    logged.clear()
+    bench.look(6)
+    assert not logged and bench.server.sources.reloads == 1
+
+
 class FakeSession:
     """Somebody who holds a place and a ticket."""
 
