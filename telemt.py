@@ -5829,7 +5829,7 @@ class Refill:
 
     def hurry(self, group: Group, now: float) -> None:
         """Sessions wait: dial now instead of after the pause, but no faster than the shortest pause (D6)."""
-        if not group.dialling():
+        if not group.young(self._FOR_FLOOR):
             group.pace.next_at = min(group.pace.next_at, max(now, group.dialled_at + self._health()[0]))
             self.roster.touched.add(group.dc)
 

@@ -1,6 +1,7 @@
 """The pool as a whole: fake middle ends that change, die, come back, and what sessions and the API see of it (middle-proxy-pool.md)."""
 from __future__ import annotations
 
+import random
 import signal
 import threading
 import time
@@ -223,14 +224,21 @@ def test_renewal_under_load_loses_no_session_younger_than_the_drain_limit(rig: R
     world = make_world({2: 2, 4: 1})
     proxy = start(rig, world, QUICK | {"me_reinit_every_secs": 2, "me_reinit_drain_timeout_secs": 90})
     talkers = [Talker(rig.client(dc=dc)) for dc in (2, -2, 2, 4, -4, 4)]
+    quiet = [rig.client(mode="secure", dc=dc) for dc in (2, -2, 4) * 20]
+    for client in quiet:
+        client.echo()
     first = set(world.links())
     proxy.wait_log("Middle-End renewal done", 3, PATIENCE)
     for talker in talkers:
         talker.more()
+    for client in quiet:
+        client.echo()                           # its link drains for the third time at least
     assert owner(world, rig.client(dc=2)) not in first
     for talker in talkers:
         talker.stop()
         talker.client.close()
+    for client in quiet:
+        client.close()
     poll(lambda: not first & set(world.links()), "the first generation to be gone", PATIENCE)
     assert not proxy.log("WARN .*Middle-End renewal waits")
 
@@ -334,3 +342,41 @@ def test_a_foreign_file_is_not_a_list(rig: Rig, make_world: Callable[..., MeWorl
     client.echo()
     assert world.links() and not proxy.log("Middle-End renewal done")
 
+
+
+def test_links_die_all_the_time_and_nothing_is_left_behind(rig: Rig, make_world: Callable[..., MeWorld], rng: random.Random) -> None:
+    """Random kills, refusals, silence and changes of list and secret under clients that come and go; then all is as at the start."""
+    world = make_world({1: 1, 2: 1, 4: 1})      # an only endpoint does not rest, so the end is soon
+    proxy = start(rig, world, QUICK | {"me_reinit_every_secs": 3, "me_reconnect_backoff_cap_ms": 500})
+    served, deadline = 0, time.monotonic() + 6
+    while time.monotonic() < deadline:
+        me = rng.choice(list(world))
+        match rng.randrange(7):
+            case 0: me.kill_links(rng.choice(("rst", "fin")))
+            case 1: me.rude = not me.rude
+            case 2: me.mute = rng.choice(("", "", "nonce", "handshake"))
+            case 3: world.rotate_secret(rng.randbytes(128))
+            case 4:
+                for link in me.links()[:1]:
+                    link.kill()
+            case 5: me.corrupt_crc = rng.choice((None, None, 2))
+            case _: world.site.secret_page.failures = 2
+        for _ in range(4):
+            client = rig.client(mode="secure", dc=rng.choice((1, -1, 2, -2, 4)))
+            try:
+                client.sock.settimeout(15)
+                client.echo()
+                served += 1
+            except (OSError, EOFError):
+                pass                            # its link was killed
+            if rng.random() < 0.8:
+                client.close()
+    for me in world:
+        me.rude, me.mute, me.corrupt_crc = False, "", None
+    assert served > 20
+    rig.close_clients()
+    poll(lambda: all(world.links(dc) for dc in world.mes), "links to every DC", PATIENCE)
+    poll(lambda: not any(link.open for link in world.links()), "every session to be closed towards the middle ends", PATIENCE)
+    for dc in (1, 2, -4):
+        rig.client(dc=dc).echo()
+    assert not proxy.log("Internal error")

@@ -203,7 +203,9 @@ def part(number: int) -> type:
     """One tenth of the histories as a test of its own."""
     machine = type(f"Histories{number}", (Histories,), {})
     case = machine.TestCase
+    # no shrinking: a history is readable as it is, and shrinking thousands of plans would outlast the limit of a test
     case.settings = hypothesis.settings(max_examples=HISTORIES // PARTS, stateful_step_count=30, deadline=None,
+                                        phases=[hypothesis.Phase.reuse, hypothesis.Phase.generate],
                                         suppress_health_check=list(hypothesis.HealthCheck))
     return case
 
