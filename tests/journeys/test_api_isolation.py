@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,3 +187,27 @@ def test_the_api_answers_while_the_data_plane_is_busy_and_stops_with_it(serve: C
     rig.proxies[-1].stop()
     for sock in socks:
         sock.close()
+
+
+def test_an_idle_control_plane_wakes_nobody(serve: Callable[..., int], rig: Rig) -> None:
+    """Its threads wait in accept() and recv(), not in loops; a kept connection costs no wake-up either."""
+    port = serve({"server": {"metrics_port": free_port()}})
+    client = ApiClient(port)
+    client.get("/v1/health")
+    proxy = rig.proxies[-1]
+
+    def switches() -> dict[str, int]:
+        found = {}
+        for task in Path(f"/proc/{proxy.pid}/task").iterdir():
+            if task.name != str(proxy.pid):                 # the loop looks at the file of the configuration every second
+                match = re.search(r"^voluntary_ctxt_switches:\s+(\d+)", (task / "status").read_text(), re.M)
+                found[task.name] = int(match[1]) if match else 0
+        return found
+
+    poll(lambda: len(switches()) >= 3, "both listeners and a connection have their threads")
+    time.sleep(0.5)
+    before = switches()
+    time.sleep(2.0)
+    after = switches()
+    assert sum(after[task] - count for task, count in before.items() if task in after) <= 1
+    client.close()
