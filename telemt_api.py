@@ -1799,6 +1799,9 @@ def make_openapi(version: str) -> JsonObject:
 # Source: api.md 7, 11, 12.
 
 _LOCK_WAIT_S: Final = 10.0
+_SETTLE_S: Final = 0.05                  # as for a reload (config.md 8 item 3)
+_SETTLE_READS: Final = 40
+_IMPLICIT: Final = {"default": "0" * 32}    # the users of a configuration that names none
 _TRIES: Final = 3                        # how often a change starts again because somebody else wrote
 _STALE_S: Final = 60.0                   # a temp file of this age has no writer any more, whatever its lock says
 _FRESH_NS: Final = 2_000_000_000         # a file changed so lately may change again without another time stamp
@@ -1840,6 +1843,7 @@ class Store:
         self._lock = threading.Lock()
         self._known: tuple[tuple[int, ...], str] = ((), "")    # stat of the main file, its revision
         self._warned_in_place = False
+        self._settled = b""                    # SHA-256 of a main file that nobody was writing
         self._sweep_leftovers()
 
     def revision(self) -> str:
@@ -1877,11 +1881,14 @@ class Store:
     # -- one change: gates 10-14 of api.md 4
 
     def _apply(self, command: Command, wanted: str | None) -> Outcome:
+        self._wait_for_writers()
         draft = self._read_draft()
         revision = self._revision_of(draft.files[self._path])
         check_revision(wanted, revision)
         users = draft.document.get("access", {}).get("users")
-        present = {"default": "0" * 32} if users is None else users
+        present = _IMPLICIT if users is None else users
+        if users is None and self._port.settings.access.users != _IMPLICIT:      # cut off: it must not swap all users for `default`
+            raise internal_error("failed to load config: Config error: [access.users] is missing")
         _check_user(command, present)
         if command.action == "reset_quota":
             return self._reset_quota(command.username, revision)
@@ -1899,12 +1906,24 @@ class Store:
         else:
             files = self._edit(draft, changes, expected)
             self._write(draft.files, files, users_first=command.action == "delete")
+        self._settled = hashlib.sha256(files[self._path]).digest()
         self._publish(loaded, files)
         if command.action == "delete":
             secret = ""
         else:
             secret = secret or present[command.username]
         return Outcome(self._revision_of(files[self._path]), self._port.settings, command.username, secret, files is not draft.files, 0)
+
+    def _wait_for_writers(self) -> None:
+        """A file that somebody else changed may still be half written: read until two readings are alike, at most 2 s."""
+        with contextlib.suppress(OSError):     # what cannot be read is reported by who needs it
+            before = self._read(self._path)
+            for _ in range(_SETTLE_READS if hashlib.sha256(before).digest() != self._settled else 0):
+                time.sleep(_SETTLE_S)
+                now = self._read(self._path)
+                if now == before:
+                    return
+                before = now
 
     def _read_draft(self) -> Draft:
         """Main file and includes, read once.  Raises ApiError(500)."""
@@ -2020,7 +2039,9 @@ class Store:
         """Remove temp files whose writer died."""
         paths = [self._path]
         with contextlib.suppress(OSError, ApiError, self._port.config_error):
-            paths += self._port.expand(self._decode(self._path, self._read(self._path)))[1]
+            main = self._read(self._path)
+            self._settled = hashlib.sha256(main).digest()
+            paths += self._port.expand(self._decode(self._path, main))[1]
         for path in paths:
             remove_leftovers(os.path.realpath(path), time.time())
 

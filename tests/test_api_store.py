@@ -91,7 +91,8 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> list[tuple[telemt.Level, str]]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(tmp_path: Path) -> Iterator[None]:
+def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(telemt_api, "_SETTLE_S", 0.0)
     yield
     for directory in [tmp_path, *filter(Path.is_dir, tmp_path.iterdir())]:
         assert not [name for name in os.listdir(directory) if ".tmp-" in name]
@@ -416,6 +417,32 @@ def test_an_editor_who_never_stops_wins(bench: Bench, monkeypatch: pytest.Monkey
 def test_an_edit_in_between_breaks_the_precondition(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     Meddler(bench, monkeypatch, 1)
     assert bench.refusal("create", "eve", bench.store.revision())[1] == "revision_conflict"
+
+
+def test_a_file_that_is_being_written_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = TEXT + f'dora = "{C}"\n# the end\n'
+    pieces = [whole[:size] for size in (len(TEXT) - 20, len(TEXT), len(whole))]
+    sleeps: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        sleeps.append(seconds)
+        if pieces:
+            bench.path.write_text(pieces.pop(0))
+
+    monkeypatch.setattr(telemt_api.time, "sleep", sleep)
+    bench.do("create", "adam", C)
+    assert not sleeps                          # what we wrote ourselves is whole
+    bench.path.write_text(whole[:10])
+    bench.do("create", "eve", C)
+    assert len(sleeps) == 4 and bench.users.keys() == {"alice", "bob", "dora", "eve"}
+
+
+def test_a_file_that_was_cut_off_does_not_swap_all_users_for_the_implicit_one(bench: Bench) -> None:
+    bench.do("create", "adam", C)
+    for text in ("", "# mine\n", "[general]\n"):
+        bench.path.write_text(text)
+        assert bench.refusal("create", "eve") == (500, "internal_error", "failed to load config: Config error: [access.users] is missing")
+        assert bench.text == text
 
 
 def test_sixteen_writers_with_if_match(bench: Bench) -> None:
