@@ -2651,14 +2651,20 @@ class Listener:
 
     def __init__(self, address: tuple[str, int], places: int, site: Site, log: Log, failed: str) -> None:
         self.address, self._places, self._site, self._log = address, places, site, log
-        self._failed = failed                  # log text when the address cannot be bound
+        self._failed = failed                  # log text when the address cannot be bound; empty: then it is done without
         self._stopped = threading.Event()
         self._server: HttpServer | None = None
 
     def start(self, opened: Callable[[tuple[str, int]], None]) -> None:
         """Bind and serve; opened(address) tells when it works.  A bind that fails is tried again every 10 s."""
-        bound = self._bind(opened, self._log.warn)
-        threading.Thread(target=self._run, args=(bound, opened), name=f"telemt-{self.address[1]}", daemon=True).start()
+        bound = self._bind(opened, self._log.warn if self._failed else self._log.debug)
+        if not (bound or self._failed):
+            return
+        try:
+            threading.Thread(target=self._run, args=(bound, opened), name=f"telemt-{self.address[1]}", daemon=True).start()
+        except RuntimeError as error:          # no more threads: that costs the control plane, not the proxy
+            self._log.warn("control plane not started: %s", error, addr=_at(*self.address))
+            self.stop()
 
     def _bind(self, opened: Callable[[tuple[str, int]], None], report: Callable[..., None]) -> bool:
         try:
@@ -4061,7 +4067,8 @@ def start(port: ControlPort) -> Callable[[], None]:
         listeners[0].start(lambda at: port.log.info("API endpoint: http://%s/v1/*", _at(*at)))
     metrics = MetricsSite(port)
     for address in metrics_addresses(server):
-        listener = Listener(address, METRICS_PLACES, metrics, port.log, f"Failed to bind metrics on {_at(*address)}")
+        spare = address[0] == "::1" and not server.metrics_listen        # beside 127.0.0.1, if possible
+        listener = Listener(address, METRICS_PLACES, metrics, port.log, "" if spare else f"Failed to bind metrics on {_at(*address)}")
         listener.start(lambda at: port.log.info("Metrics endpoint: http://%s/metrics and /beobachten", _at(*at)))
         listeners.append(listener)
 

@@ -393,6 +393,24 @@ def test_a_taken_address_is_tried_again(listener: Listener, monkeypatch: pytest.
     second.stop()
 
 
+def test_an_address_that_is_not_needed_is_done_without(listener: Listener) -> None:
+    spare = Listener(listener.address, 3, Echo(), LOG, "")
+    spare.start(lambda at: pytest.fail("it cannot be bound"))
+    assert spare._server is None
+    spare.stop()
+
+
+def test_no_thread_left_costs_the_listener_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    made = Listener(("127.0.0.1", 0), 3, Echo(), LOG, "failed")
+    made.start(lambda at: None)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(made.address, timeout=20)
+
+
 @pytest.mark.parametrize(("host", "ip"), [
     ("::ffff:127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("fe80::1%eth0", "fe80::1"), ("10.0.0.1", "10.0.0.1"), ("::ffff:1:2", "::ffff:1:2")])
 def test_peer_addresses(host: str, ip: str) -> None:
