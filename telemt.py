@@ -5216,7 +5216,6 @@ PENDING_TTL_S: Final = 1800.0        # a generation that is not promoted by then
 GATE_RETRY_S: Final = 60.0           # D13
 DOWN_S: Final = 6.0                  # without a bindable link for so long a group is down (D2)
 HOLD_S: Final = 3.0                  # a session waits so long for a link (D6)
-PING_LOST_S: Final = 120.0           # an unanswered ping is forgotten (5.4)
 _UNANSWERED_MAX: Final = 3           # pings, then a silent link is given up (D18)
 _SILENT_S: Final = 30.0
 _CUT_STEPS: Final = 20               # a drained link loses its sessions in so many portions, one a second (D14)
@@ -5281,13 +5280,12 @@ class Drain:
 class Pulse:
     """Pings of one link and what they tell."""
 
-    __slots__ = ("ema_ms", "base_ms", "degraded", "sent_at", "unanswered", "heard_at")
+    __slots__ = ("ema_ms", "base_ms", "degraded", "unanswered", "heard_at")
 
     def __init__(self) -> None:
         self.ema_ms: float | None = None
         self.base_ms = 0.0
         self.degraded = False
-        self.sent_at: list[float] = []         # unanswered pings, at most PING_LOST_S old
         self.unanswered = 0                    # in a row
         self.heard_at = -math.inf              # so until the first `beat`
 
@@ -6284,11 +6282,6 @@ class Keepalive:
         silent_s = max(_SILENT_S, 3 * max(1.0, self.roster.general.me_keepalive_interval_secs))
         if pulse.unanswered >= _UNANSWERED_MAX and now - pulse.heard_at >= silent_s:
             return Beat(False, True, again_s)
-        lost = [at for at in pulse.sent_at if now - at >= PING_LOST_S]
-        if lost:
-            del pulse.sent_at[:len(lost)]
-            self.roster.counts.count("keepalive_timeout_total", len(lost))
-        pulse.sent_at.append(now)
         pulse.unanswered += 1
         return Beat(True, False, again_s)
 
@@ -6296,8 +6289,6 @@ class Keepalive:
         """A ping was answered."""
         pulse = link.pulse
         pulse.unanswered, pulse.heard_at = 0, now
-        if pulse.sent_at:
-            pulse.sent_at.pop(0)
         if pulse.ema_ms is None:
             pulse.ema_ms = pulse.base_ms = rtt_ms
         else:
@@ -10575,6 +10566,7 @@ class MeLink:
         self.stream = self.out = self.shake = None
         sessions, self.bound = self.bound, {}
         for session in sessions.values():
+            self.pool.on_unbound(self, session.dc)
             self.pool.loop.call(session.on_middle_closed, None)
 
 

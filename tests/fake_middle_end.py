@@ -689,6 +689,8 @@ class FakeMiddleEnd:
                     self._live.add(link)
                 if self.mute != "accept":
                     threading.Thread(target=link.run, daemon=True).start()
+                if self._listener is not listener:      # accepted while we went down: down() has not seen it
+                    link.kill("rst")
 
     # what a test asks
 

@@ -660,7 +660,6 @@ def test_a_silent_link_is_given_up_and_one_that_talks_is_not():
     start = sim.now
     assert beats(sim, link, False)[-1].dead and 30 <= sim.now - start <= 40
     assert not any(beat.dead for beat in beats(sim, other, True, until_s=300.0))
-    assert sim.counts.totals["keepalive_timeout_total"] >= 20      # nobody answered those pings
 
 
 def test_round_trips_are_averaged_and_a_slow_link_is_degraded():
