@@ -5442,6 +5442,10 @@ class Generations:
         """The pending generation is no more."""
         self.pending, self._listed = 0, None
 
+    def outdate(self) -> None:
+        """The pending generation may still be promoted, but not begun again: some of its links have an older secret."""
+        self._listed = None
+
     def promote(self) -> None:
         """The pending generation is the active one."""
         self.active, self.pending, self._listed = self.pending, 0, None
@@ -6374,6 +6378,7 @@ class PoolPlanner:
     def on_secret(self, now: float, epoch: int) -> None:
         """The proxy secret in force has this number; 0 = there is none, so nothing is dialled."""
         if self._epoch and epoch and epoch != self._epoch:
+            self.roster.generations.outdate()
             self.swap.trigger(now, Trigger.SECRET)
         self._epoch, self.roster.may_dial = epoch, epoch != 0
         self.roster.touched.update(self.roster.groups)

@@ -411,6 +411,24 @@ def test_the_gate_waits_and_the_generation_is_reused_until_it_is_too_old():
     assert sim.planner.roster.generations.active == 3 and len(links(sim)) == 6 and not links(sim, Phase.WARM)
 
 
+def test_a_pending_generation_is_not_reused_after_a_change_of_the_secret():
+    sim = pool(3, 2, me_hardswap_warmup_extra_passes=0)
+    for point, site in sim.sites.items():
+        if point[0].startswith("10.0.2."):
+            site.mode = "refuse"
+    sim.run(950)
+    assert sim.planner.roster.generations.pending == 2 and links(sim, Phase.WARM)
+    old = {link.link_id for link in links(sim, Phase.WARM)}
+    for site in sim.sites.values():
+        site.mode = "up"
+    sim.planner.on_secret(sim.now, 2)
+    sim.act()
+    sim.run(1)
+    assert sim.planner.roster.generations.pending == 3 and not old & set(sim.planner.roster.links)
+    sim.run(40)
+    assert sim.planner.roster.generations.active == 3 and {link.generation for link in links(sim)} == {3}
+
+
 def test_a_swap_keeps_what_works_where_nothing_is_fresh():
     sim = pool(3, 5, me_hardswap_warmup_extra_passes=0)
     for _ in range(9):
