@@ -15369,6 +15369,7 @@ usage: telemt.py [CONFIG] [options]
        telemt.py links [CONFIG] [--user NAME] [--qr] [--json]
        telemt.py ping LINK... [--dc N] [--count N] [--json]    a real client through any proxy link
        telemt.py healthcheck [CONFIG]                    for containers: ping the own listener
+       telemt.py top [CONFIG] [--once] [--interval S]    who is online, how much they pull
 
 environment: RUST_LOG=LEVEL wins over --log-level; TELEMT_CRYPTO=cryptography|libcrypto|pycryptodome|python forces a backend
 """
@@ -15777,13 +15778,12 @@ def start_control_plane(server: Server, reloader: Reloader) -> Callable[[], None
     if not (wanted.api.enabled or wanted.metrics_port or wanted.metrics_listen):
         return lambda: None
     try:
-        module = import_apart("telemt_api")
+        stop: Callable[[], None] = import_apart("telemt_api").start(Control(server, reloader))
     except ImportError as error:
         missing = error.name or "telemt_api"
         log_cli.warn("control plane not started: %s is missing%s", missing,
                      "" if missing == "telemt_api" else " (OpenWrt: python3-email python3-urllib)")
         return lambda: None
-    stop: Callable[[], None] = module.start(Control(server, reloader))
     return stop
 
 
@@ -15924,12 +15924,7 @@ def main(words: Sequence[str]) -> int:
     if arguments.action == "version":
         say(f"telemt.py {VERSION} ({REFERENCE})")
         return 0
-    subcommand = SUBCOMMANDS.get(arguments.action)
-    if subcommand is not None:
-        return interruptible(subcommand, words[1:])
-    complain(f"telemt.py: subcommand {arguments.action!r} is not part of this version; "
-             f"a configuration file of that name is given as ./{arguments.action}")
-    return 2
+    return interruptible(SUBCOMMANDS[arguments.action], words[1:])
 
 
 # -- subcommands (config.md 6.5)
@@ -16127,6 +16122,44 @@ def dump_links(rows: Sequence[tuple[str, Link]], port: int) -> str:
         "web_link": row.link.replace("tg://proxy", "https://t.me/proxy", 1)} for name, row in rows], indent=2, ensure_ascii=False)
 
 
+def top(words: Sequence[str]) -> int:
+    """`top [CONFIG]`: 0 shown, 1 the API is unreachable or refuses."""
+    parser = make_parser("top", "Who is online and how much they pull, over the API of the running proxy.  Keys: q p t c n.")
+    parser.add_argument("config", nargs="?", default="config.toml", metavar="CONFIG", help="configuration file (default: config.toml)")
+    parser.add_argument("--once", action="store_true", help="two samples, then plain text for scripts; so without a terminal")
+    parser.add_argument("--interval", type=float, default=1.0, metavar="S", help="seconds between two looks (default: 1)")
+    options = parser.parse_args(words)
+    if not 0.1 <= options.interval <= 3600:
+        parser.error("--interval is a number of seconds from 0.1 to 3600")
+    try:
+        settings = load_for(options.config).settings
+        host, port = own_api(settings.server.api)
+    except ConfigError as error:
+        complain(f"telemt.py top: {error}")
+        return 1
+    try:
+        api = importlib.import_module("telemt_api")
+    except ImportError as error:
+        complain("telemt.py top: needs telemt_api.py beside telemt.py" if error.name == "telemt_api" else
+                 f"telemt.py top: {error.name} is missing (OpenWrt: python3-email python3-urllib)")
+        return 1
+    once = options.once or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb"
+    try:
+        return int(api.run_top(host, port, settings.server.api.auth_header, options.interval, once, say))
+    except api.TopError as error:
+        complain(f"telemt.py top: {error}")
+        return 1
+
+
+def own_api(api: Api) -> tuple[str, int]:
+    """Where our own API answers.  Raises ConfigError if the configuration has none."""
+    place = parse_ip_port(api.listen)
+    if not api.enabled or place is None or not place[1]:
+        raise ConfigError("the API is off: write [server.api] enabled = true and restart the proxy", prefix=False)
+    ip, port = place
+    return str(ip) if not ip.is_unspecified else "::1" if ip.version == 6 else "127.0.0.1", port
+
+
 def healthcheck(words: Sequence[str]) -> int:
     """`healthcheck [CONFIG]`: 0 if a client of ours gets an answer from a data centre and the API, where it is on, says ok."""
     parser = make_parser("healthcheck", "Ping the own listener with the first usable user, and ask the API where it is on.")
@@ -16170,12 +16203,11 @@ def own_link(settings: Settings) -> ProxyLink:
 
 def ask_api(api: Api) -> str:
     """What is wrong with our own API; empty if it is off or says ok."""
-    place = parse_ip_port(api.listen)
-    if not api.enabled or place is None or not place[1]:
+    try:
+        host, port = own_api(api)
+    except ConfigError:
         return ""
     import http.client
-    ip, port = place
-    host = str(ip) if not ip.is_unspecified else "::1" if ip.version == 6 else "127.0.0.1"
     connection = http.client.HTTPConnection(host, port, timeout=3)
     try:
         connection.request("GET", "/v1/health", headers={"Authorization": api.auth_header} if api.auth_header else {})
@@ -16187,7 +16219,8 @@ def ask_api(api: Api) -> str:
     return "" if status == 200 else f"API at {format_address(host, port)}: HTTP status {status}"
 
 
-SUBCOMMANDS: Final[dict[str, Callable[[Sequence[str]], int]]] = {"check": check, "healthcheck": healthcheck, "links": links, "ping": ping}
+SUBCOMMANDS: Final[dict[str, Callable[[Sequence[str]], int]]] = {"check": check, "healthcheck": healthcheck, "links": links, "ping": ping,
+                                                              "top": top}
 
 
 # -- --init (config.md 6.2, 8 item 20)

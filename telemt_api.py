@@ -16,6 +16,7 @@ second time, so its names appear in annotations only.
    9  qr          pure  <- -               a link as a QR code
   10  page        pure  <- -               the status page: style, script, headers
   11  service     io    <- 1-4 6-10        gates and handlers; start and stop
+  12  top         io    <- 2 8             the same figures in a terminal
 """
 from __future__ import annotations
 
@@ -36,6 +37,8 @@ import json
 import math
 import os
 import re
+import select
+import signal
 import socket
 import socketserver
 import stat
@@ -50,7 +53,12 @@ from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Protocol, Typ
 # http.server brings http.client along, and that OpenSSL, 3 MB, for connections that nothing here makes.
 _ssl = sys.modules.get("ssl")
 sys.modules["ssl"] = None  # type: ignore[assignment]
-import http.server
+try:
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    _NO_HTTP = ""
+except ImportError as error:                   # a small Python: QR codes and `top` work, start() says what is missing
+    _NO_HTTP = error.name or "http.server"
+    BaseHTTPRequestHandler = ThreadingHTTPServer = object  # type: ignore[assignment, misc]
 
 if _ssl is None:
     del sys.modules["ssl"]
@@ -2504,7 +2512,7 @@ class Site(Protocol):
         """False: the connection is closed without a byte."""
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     """One connection.  From the library come the loop over requests and the head of an answer; reading is Wire's."""
 
     server: HttpServer
@@ -2555,7 +2563,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wire.drain()
 
 
-class HttpServer(http.server.ThreadingHTTPServer):
+class HttpServer(ThreadingHTTPServer):
     """One listening address: a thread that accepts, and one for each of at most `places` connections."""
 
     daemon_threads = True
@@ -4051,7 +4059,9 @@ def warn_about(port: ControlPort) -> None:
 
 
 def start(port: ControlPort) -> Callable[[], None]:
-    """Open what the configuration asks for; returns what closes it again, within a second."""
+    """Open what the configuration asks for; returns what closes it again, within a second.  Raises ImportError without http.server."""
+    if _NO_HTTP:
+        raise ImportError(f"{_NO_HTTP} is missing", name=_NO_HTTP)
     server = port.settings.server
     sys.setswitchinterval(_SWITCH_S)
     listeners: list[Listener] = []
@@ -4079,3 +4089,467 @@ def start(port: ControlPort) -> Callable[[], None]:
         if store is not None:
             store.close(_STOP_S)
     return stop
+
+
+# == 12. top =================================================================
+# The status page's figures in a terminal: a client of /v1 over loopback that
+# knows nothing that curl cannot get.  Rates are two samples apart, measured
+# against the server's own clock where it tells one; an uptime that went back is a
+# restart and drops every baseline.  One write per frame, and only if it changed.
+# Traps: names may hold anything, so what is not printable never reaches the
+# terminal; whatever ends us, the screen, the cursor and the echo come back.
+# Source: design/page.md 3, 4, 6, 9.
+
+TOP_WAIT_S: Final = 8.0                  # for an answer
+_TOP_BODY_MAX: Final = 64 * 1_048_576    # 100,000 users
+_TOP_SLOW_S: Final = 5.0                 # between two looks at what changes slowly, and at users where there are many
+_TOP_MANY: Final = 300
+_TOP_SPARKS: Final = 60
+_TOP_UNITS: Final = ("B", "kB", "MB", "GB", "TB", "PB")
+_TOP_COLUMNS: Final = (                  # heading, width, from the right the first to go where it is narrow
+    ("CONNS", 7), ("RATE", 9), ("TOTAL", 7), ("ADDRS", 5), ("QUOTA", 5), ("EXPIRES", 10))
+_TOP_DROPS: Final = ("EXPIRES", "QUOTA", "ADDRS", "TOTAL")
+_TOP_NAME_MIN: Final = 12
+_ONCE_HEAD: Final = "conns max_conns ips max_ips octets octets_per_s state expires name"
+
+
+class TopError(Exception):
+    """The API cannot be used; the text says why and what to do."""
+
+
+class ApiClient:
+    """HTTP/1.1 client for our own API: one connection, kept; every answer has a Content-Length (api.md 3)."""
+
+    def __init__(self, host: str, port: int, auth_header: str) -> None:
+        self.where = _at(host, port)
+        self._address = (host, port)
+        self._auth = f"Authorization: {auth_header}\r\n" if auth_header else ""
+        self._sock: socket.socket | None = None
+
+    def get(self, path: str) -> tuple[int, JsonObject]:
+        """Return (status, envelope).  Raises TopError when there is no answer."""
+        for fresh in (False, True):
+            try:
+                return self._ask(path)
+            except (OSError, EOFError, ValueError) as error:
+                kept, self._sock = self._sock, None
+                if kept is not None:
+                    kept.close()
+                if fresh or kept is None:      # a kept connection may have been closed meanwhile: once more on a new one
+                    raise TopError(f"no answer from the API at {self.where}: {str(error) or 'closed'}") from None
+        raise AssertionError
+
+    def _ask(self, path: str) -> tuple[int, JsonObject]:
+        if self._sock is None:
+            self._sock = socket.socket(socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET)
+            self._sock.settimeout(TOP_WAIT_S)
+            self._sock.connect(self._address)
+        wire = Wire(self._sock)
+        wire.write([f"GET /v1{path} HTTP/1.1\r\nHost: {self.where}\r\n{self._auth}\r\n".encode()])
+        deadline = time.monotonic() + TOP_WAIT_S
+        status = int(wire.line(LINE_MAX, deadline)[9:12])
+        size, close = 0, False
+        while line := wire.line(LINE_MAX, deadline):
+            name, _, value = line.decode("latin-1").partition(":")
+            if name.lower() == "content-length":
+                size = int(value)
+            close |= name.lower() == "connection" and "close" in value
+        if size > _TOP_BODY_MAX:
+            raise ValueError("answer too large")
+        body = json.loads(wire.take(size, deadline))
+        if close:
+            self._sock.close()
+            self._sock = None
+        if not isinstance(body, dict):
+            raise ValueError("no envelope")
+        return status, body
+
+
+class UserSample(NamedTuple):
+    """What is kept of a user between two looks."""
+
+    octets: int
+    rates: tuple[float, ...]             # bytes per second, the last three
+
+
+class Traffic:
+    """Octets of all users turned into rates (page.md 3): never a difference of sums, and nothing below zero."""
+
+    def __init__(self) -> None:
+        self.users: dict[str, UserSample] = {}
+        self.total: float | None = None  # bytes per second over all users; None before the second sample
+        self._at = -math.inf             # of the last sample
+
+    def feed(self, octets: Mapping[str, int], at: float) -> None:
+        """Take a sample: octets of every user, and the time it was taken."""
+        gap = at - self._at
+        first = self._at == -math.inf
+        if not first and gap <= 0:
+            return
+        before, self.users, grown = self.users, {}, 0
+        for name, count in octets.items():
+            old = before.get(name)
+            more = 0 if first else max(0, count - (old.octets if old else 0))
+            grown += more
+            self.users[name] = UserSample(count, () if first else (*(old.rates if old else ()), more / gap)[-3:])
+        self.total = None if first else grown / gap
+        self._at = at
+
+    def restart(self) -> None:
+        """The counters began again: forget the baselines."""
+        self.users, self.total, self._at = {}, None, -math.inf
+
+    def rate(self, name: str) -> float | None:
+        """Mean of a user's last three rates."""
+        sample = self.users.get(name)
+        return sum(sample.rates) / len(sample.rates) if sample and sample.rates else None
+
+
+def user_state(user: JsonObject, now_wall: float) -> str:
+    """The word of page.md 5 for a UserInfo; the first that applies."""
+    def reached(used: str, limit: str) -> bool:
+        return user.get(limit) is not None and user.get(used, 0) >= user[limit]
+
+    until = user.get("expiration_rfc3339")
+    if user.get("enabled") is False:
+        return "disabled"
+    if until and datetime.datetime.fromisoformat(until).timestamp() < now_wall:
+        return "expired"
+    if 0 in (user.get("max_tcp_conns"), user.get("max_unique_ips"), user.get("data_quota_bytes")):
+        return "blocked"
+    if reached("quota_used_bytes", "data_quota_bytes"):
+        return "quota used up"
+    if reached("current_connections", "max_tcp_conns"):
+        return "at connection limit"
+    if reached("active_unique_ips", "max_unique_ips"):
+        return "at address limit"
+    return "online" if user.get("current_connections") else "idle"
+
+
+class Watch:
+    """What the API said lately, and what follows from it."""
+
+    def __init__(self, client: ApiClient) -> None:
+        self.client = client
+        self.traffic = Traffic()
+        self.sparks: collections.deque[float] = collections.deque(maxlen=_TOP_SPARKS)
+        self.data: dict[str, Any] = {}         # path -> data of the last answer
+        self.gone: dict[str, str] = {}         # path -> why it is not asked again
+        self.trouble = ""
+        self.restarted_wall = 0.0
+        self._due: dict[str, float] = {}
+        self._uptime = 0.0
+
+    def look(self, now: float) -> None:
+        """Ask what is due at monotonic time `now`; what fails leaves the old values and sets `trouble`."""
+        self.trouble = ""
+        slow = _TOP_SLOW_S if len(self.users) > _TOP_MANY else 0.0
+        for path, pause in (("/stats/zero/all", 0.0), ("/runtime/gates", 0.0), ("/users", slow), ("/stats/minimal/all", _TOP_SLOW_S),
+                            ("/stats/upstreams", _TOP_SLOW_S)):
+            if path in self.gone or now < self._due.get(path, -math.inf):
+                continue
+            try:
+                status, body = self.client.get(path)
+            except TopError as error:
+                self.trouble = str(error)
+                return
+            if status == 404:
+                self.gone[path] = "not offered by this server"
+            elif not body.get("ok"):
+                self.trouble = explain_refusal(status, body)
+                return
+            else:
+                self._due[path] = now + pause
+                self._take(path, body["data"])
+
+    def _take(self, path: str, data: Any) -> None:
+        self.data[path] = data
+        if path == "/stats/zero/all":
+            uptime = data["core"]["uptime_seconds"]
+            if uptime < self._uptime:
+                self.traffic.restart()
+                self.sparks.clear()
+                self.gone.clear()
+                self.restarted_wall = time.time()
+            self._uptime = uptime
+        elif path == "/users":
+            self.traffic.feed({user["username"]: user["total_octets"] for user in data}, time.monotonic())
+            if self.traffic.total is not None:
+                self.sparks.append(self.traffic.total)
+        elif isinstance(data, dict) and data.get("reason") == "feature_disabled":
+            self.gone[path] = "server.api.minimal_runtime_enabled = true would show this, restart needed"
+
+    @property
+    def users(self) -> list[JsonObject]:
+        """UserInfo of everybody."""
+        return self.data.get("/users") or []
+
+    @property
+    def core(self) -> JsonObject:
+        """`core` of zero/all."""
+        return (self.data.get("/stats/zero/all") or {}).get("core") or {}
+
+    @property
+    def now_wall(self) -> float:
+        """The server's clock."""
+        zero = self.data.get("/stats/zero/all")
+        return float(zero["generated_at_epoch_secs"]) if zero else time.time()
+
+
+def explain_refusal(status: int, body: JsonObject) -> str:
+    """An error envelope for a person, with the remedy where there is one."""
+    message = str((body.get("error") or {}).get("message") or f"HTTP status {status}")
+    if status == 401:
+        return f"{message}: server.api.auth_header in this file is not the one in force (it takes effect only after a restart)"
+    if status == 403:
+        return f"{message}: add 127.0.0.1/32 and ::1/128 to server.api.whitelist"
+    return message
+
+
+# -- the screen, without a terminal
+
+def top_verdict(watch: Watch) -> str:
+    """One sentence: does it work?"""
+    gates = watch.data.get("/runtime/gates") or {}
+    if watch.trouble:
+        return watch.trouble
+    if not watch.core:
+        return "Loading"
+    if gates.get("startup_status") == "initializing":
+        return f"Starting: {gates['startup_stage']}, {gates['startup_progress_pct']:.0f} %"
+    if gates.get("accepting_new_connections") is False:
+        return "Not accepting connections"
+    if gates.get("reroute_active"):
+        since = time.strftime("%H:%M", time.localtime(gates.get("reroute_to_direct_at_epoch_secs", 0)))
+        return f"Running direct since {since}, Middle-End not usable: no ad tag"
+    return f"Running ({gates.get('route_mode', 'direct')})"
+
+
+def human_bytes(count: float) -> str:
+    """`1.5 MB`, at most 7 characters."""
+    unit = 0
+    while count >= 999.5 and unit < len(_TOP_UNITS) - 1:
+        count, unit = count / 1000, unit + 1
+    return f"{count:.1f} {_TOP_UNITS[unit]}" if unit and count < 99.95 else f"{count:.0f} {_TOP_UNITS[unit]}"
+
+
+def human_span(seconds: float) -> str:
+    """`3 d 4 h`, `4 h 5 min`, `5 min`, `6 s`."""
+    days, hours, minutes = int(seconds // 86400), int(seconds // 3600 % 24), int(seconds // 60 % 60)
+    return (f"{days} d {hours} h" if days else f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes
+            else f"{int(seconds)} s")
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The last values as block characters, the highest as a full one."""
+    shown = list(values)[-width:]
+    peak = max(shown, default=0.0)
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(value / peak * 7.999))] if peak else "▁" for value in shown)
+
+
+def plain_text(text: str) -> str:
+    """`text` without anything that could steer a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def cut(text: str, width: int) -> str:
+    """`text` in exactly `width` columns."""
+    return text[:max(0, width - 1)] + "~" if len(text) > width else text.ljust(width)
+
+
+def top_figures(watch: Watch) -> str:
+    """The line of totals."""
+    if watch.core.get("telemetry_user_enabled") is False:
+        return "connections and traffic are not counted (general.telemetry.user_enabled = false)"
+    total, users = watch.traffic.total, watch.users
+    addresses = {ip for user in users for ip in user.get("active_unique_ips_list", ())}
+    return (f"{sum(user['current_connections'] for user in users)} conns  "
+            f"{sum(user['current_connections'] > 0 for user in users)}/{len(users)} users  {len(addresses)} addrs  "
+            f"{'-' if total is None else human_bytes(total) + '/s'}  {human_bytes(sum(user['total_octets'] for user in users))}")
+
+
+def top_telegram(watch: Watch) -> str:
+    """The line about the ways to Telegram."""
+    upstreams, minimal = watch.data.get("/stats/upstreams") or {}, watch.data.get("/stats/minimal/all") or {}
+    parts = []
+    if "summary" in upstreams:
+        summary = upstreams["summary"]
+        parts.append(f"upstreams {summary['healthy_total']}/{summary['configured_total']} healthy")
+    writers = (minimal.get("data") or {}).get("me_writers") or {}
+    if writers.get("middle_proxy_enabled"):
+        summary = writers["summary"]
+        parts.append(f"ME links {summary['alive_writers']}/{summary['required_writers']}, coverage {summary['coverage_pct']:.0f} %")
+    why = watch.gone.get("/stats/upstreams")
+    return "  ".join(parts) or (why or "")
+
+
+TOP_ORDERS: Final[dict[str, tuple[str, Callable[[Watch, JsonObject], float]]]] = {
+    "t": ("traffic", lambda watch, user: -(watch.traffic.rate(user["username"]) or 0.0)),
+    "c": ("connections", lambda watch, user: -user["current_connections"]),
+    "n": ("name", lambda watch, user: 0.0)}
+
+
+def draw_top(watch: Watch, width: int, height: int, order: str, *, paused: bool, blocks: bool) -> list[str]:
+    """Exactly `height` lines of at most `width` columns.  blocks: the terminal shows block characters."""
+    columns = list(_TOP_COLUMNS)
+    for heading in _TOP_DROPS:
+        if sum(size + 1 for _, size in columns) + _TOP_NAME_MIN + 10 <= width:
+            break
+        columns = [column for column in columns if column[0] != heading]
+    room = width - sum(size + 1 for _, size in columns)
+    state_width = min(20, max(0, room - _TOP_NAME_MIN - 1) * 2 // 3)
+    uptime = human_span(watch.core["uptime_seconds"]) if watch.core else "-"
+    lines = [f"{top_verdict(watch)}  up {uptime}{'  PAUSED' if paused else ''}", top_figures(watch)]
+    if blocks and watch.sparks:
+        spare = width - len(lines[1]) - 2
+        lines[1] += "  " + sparkline(watch.sparks, min(spare, _TOP_SPARKS)) if spare > 4 else ""
+    restarted = time.time() - watch.restarted_wall < 60
+    lines.append("Proxy restarted: counters began again at 0" if restarted else top_telegram(watch))
+    name_width = room - state_width - 1
+    lines.append(" ".join([cut("NAME", name_width), cut("STATE", state_width), *(heading.rjust(size) for heading, size in columns)]))
+    rank = TOP_ORDERS[order][1]
+    users = sorted(watch.users, key=lambda user: (rank(watch, user), user["username"]))
+    shown = users[:max(0, height - len(lines) - 1)]
+    for user in shown:
+        cells = top_cells(watch, user)
+        lines.append(" ".join([cut(plain_text(user["username"]), name_width), cut(user_state(user, watch.now_wall), state_width),
+                               *(cells[heading].rjust(size) for heading, size in columns)]))
+    lines += [""] * (height - len(lines) - 1)
+    left = len(users) - len(shown)
+    lines.append(f"q quit  p {'go on' if paused else 'pause'}  t traffic  c conns  n name{f'  {left} more' if left else ''}")
+    return [line[:width].rstrip() for line in lines[:height]]
+
+
+def top_cells(watch: Watch, user: JsonObject) -> dict[str, str]:
+    """Texts of one user by heading."""
+    def of(used: str, limit: str) -> str:
+        most = user.get(limit)
+        return str(user.get(used, 0)) + ("" if most is None else f"/{most}")
+
+    rate, quota, until = watch.traffic.rate(user["username"]), user.get("data_quota_bytes"), user.get("expiration_rfc3339")
+    return {"CONNS": of("current_connections", "max_tcp_conns"), "ADDRS": of("active_unique_ips", "max_unique_ips"),
+            "RATE": "-" if rate is None else human_bytes(rate) + "/s", "TOTAL": human_bytes(user["total_octets"]),
+            "QUOTA": f"{100 * user.get('quota_used_bytes', 0) / quota:.0f} %" if quota else "-" if quota is None else "0",
+            "EXPIRES": until[:10] if until else "never"}
+
+
+def draw_once(watch: Watch) -> list[str]:
+    """What a script reads: `#` lines of totals, a head, one line per user with raw integers, `-` for null, the name last."""
+    users, total = watch.users, watch.traffic.total
+    lines = [f"# {top_verdict(watch)}",
+             f"# uptime_s {int(watch.core.get('uptime_seconds', 0))}",
+             f"# users {len(users)} online {sum(user['current_connections'] > 0 for user in users)}",
+             f"# conns {sum(user['current_connections'] for user in users)}",
+             f"# octets {sum(user['total_octets'] for user in users)} octets_per_s {'-' if total is None else round(total)}"]
+    telegram = top_telegram(watch)
+    if telegram:
+        lines.append(f"# {telegram}")
+    lines.append(_ONCE_HEAD)
+    for user in sorted(users, key=lambda user: str(user["username"])):
+        until, rate = user.get("expiration_rfc3339"), watch.traffic.rate(user["username"])
+        cells = [user["current_connections"], user.get("max_tcp_conns"), user["active_unique_ips"], user.get("max_unique_ips"),
+                 user["total_octets"], None if rate is None else round(rate), user_state(user, watch.now_wall).replace(" ", "-"),
+                 until and int(datetime.datetime.fromisoformat(until).timestamp()), plain_text(user["username"])]
+        lines.append(" ".join("-" if cell is None else str(cell) for cell in cells))
+    return lines
+
+
+# -- the terminal
+
+class Screen:
+    """The terminal while `top` runs; leave() gives back what was there, whatever happened."""
+
+    def __init__(self) -> None:
+        self._shown: list[str] = []
+        self._kept: list[Any] | None = None    # terminal attributes; None: no keys here
+        self._changed = True
+
+    def enter(self) -> None:
+        """Alternate screen, no cursor, keys without echo."""
+        with contextlib.suppress(ImportError, OSError):
+            import termios
+            import tty
+            self._kept = termios.tcgetattr(0)
+            tty.setcbreak(0)
+        os.write(1, b"\x1b[?1049h\x1b[?25l")
+
+    def leave(self) -> None:
+        """Everything as it was."""
+        with contextlib.suppress(OSError):
+            os.write(1, b"\x1b[?25h\x1b[?1049l")
+        if self._kept is not None:
+            import termios
+            termios.tcsetattr(0, termios.TCSADRAIN, self._kept)
+
+    def resized(self) -> None:
+        """Draw everything next time."""
+        self._changed = True
+
+    def show(self, lines: list[str]) -> None:
+        """One write, and none if nothing changed."""
+        if lines == self._shown and not self._changed:
+            return
+        self._shown, self._changed = lines, False
+        frame = "\x1b[H" + "\r\n".join(line + "\x1b[K" for line in lines) + "\x1b[J"
+        data = frame.encode(errors="replace")
+        while data:
+            data = data[os.write(1, data):]
+
+    def key(self, wait_s: float) -> str:
+        """A key that is pressed within `wait_s`, else empty."""
+        if self._kept is None:
+            time.sleep(wait_s)
+            return ""
+        ready, _, _ = select.select([0], [], [], wait_s)
+        return os.read(0, 1).decode("latin-1") if ready else ""
+
+
+class TopEnded(Exception):
+    """A signal asks us to leave."""
+
+
+def _end_top(signum: int, _frame: object) -> None:
+    raise TopEnded(signum)
+
+
+def run_top(host: str, port: int, auth_header: str, interval_s: float, once: bool, say: Callable[[str], None]) -> int:
+    """Show the API at host:port until `q`, or once as text through `say`; return the exit code.  Raises TopError."""
+    watch = Watch(ApiClient(host, port, auth_header))
+    watch.look(time.monotonic())
+    if watch.trouble:
+        raise TopError(watch.trouble)
+    if once:
+        time.sleep(interval_s)
+        watch.look(time.monotonic())
+        say("\n".join(draw_once(watch)))
+        return 0
+    return _run_screen(watch, interval_s)
+
+
+def _run_screen(watch: Watch, interval_s: float) -> int:
+    screen, order, paused = Screen(), "t", False
+    blocks = "utf" in (os.environ.get("LC_ALL") or os.environ.get("LC_CTYPE") or os.environ.get("LANG") or "").lower()
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, _end_top)
+    signal.signal(signal.SIGWINCH, lambda *_: screen.resized())
+    screen.enter()
+    try:
+        due = time.monotonic() + interval_s
+        while True:
+            width, height = os.get_terminal_size(1)
+            screen.show(draw_top(watch, width, height, order, paused=paused, blocks=blocks))
+            key = screen.key(min(0.2, max(0.0, due - time.monotonic())))
+            if key == "q":
+                return 0
+            paused ^= key == "p"
+            order = key if key in TOP_ORDERS else order
+            if time.monotonic() >= due:
+                due = time.monotonic() + interval_s
+                if not paused:
+                    watch.look(time.monotonic())
+    except KeyboardInterrupt:
+        return 130
+    except TopEnded as end:
+        return 128 + int(end.args[0])
+    finally:
+        screen.leave()

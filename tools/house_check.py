@@ -93,7 +93,7 @@ POLICIES: dict[str, Policy] = {
     ),
     "telemt_api.py": Policy(
         heavy=HEAVY - {"http"},                  # imported only where the control plane is wanted
-        lazy=HEAVY | {"tomli_w"},
+        lazy=HEAVY | {"termios", "tomli_w", "tty"},
         print_room="top",
         fd_room="http",
         catch_all={
