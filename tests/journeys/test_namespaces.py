@@ -10,11 +10,14 @@ import ctypes
 import fcntl
 import functools
 import heapq
+import http.server
 import itertools
 import os
 import random
 import select
 import shutil
+import socket
+import socketserver
 import struct
 import subprocess
 import sys
@@ -250,3 +253,114 @@ def test_nothing_gets_through(world: World, rig: Rig) -> None:
     world.wire.cut = set()
     poll(lambda: row(world)["healthy"] and row(world)["fails"] == 0, "healthy again", 20)
     client(rig, world, 1).req_pq()
+
+
+# -- what the world sees of us
+
+PUBLIC, LIE = "8.8.4.4", "8.8.4.66"
+
+
+class Stun:
+    """Answers binding requests at an address of `there` with an address of its choice."""
+
+    def __init__(self, world: World, host: str, says: str) -> None:
+        self.says, self.asked = says, 0
+        self.sock = inside(world.there, functools.partial(socket.socket, socket.AF_INET, socket.SOCK_DGRAM))
+        self.sock.bind((host, 3478))
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                request, peer = self.sock.recvfrom(2048)
+                if peer is None:
+                    return
+                self.asked += 1
+                value = bytes(a ^ b for a, b in zip(socket.inet_aton(self.says), b"\x21\x12\xa4\x42", strict=True))
+                self.sock.sendto(b"\1\1\0\x0c" + request[4:20] + b"\0\x20\0\x08\0\1" + struct.pack(">H", 4711 ^ 0x2112) + value, peer)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+
+
+class Site:
+    """A web site that tells addresses, on port 80 of an address of `there`."""
+
+    def __init__(self, world: World, host: str, says: str) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(says)))
+                self.end_headers()
+                self.wfile.write(says.encode())
+
+            def log_message(self, *_: Any) -> None:
+                """Quiet."""
+
+        class Server(http.server.ThreadingHTTPServer):
+            def server_bind(self) -> None:
+                """Without asking a name server, which nobody has here, for our name."""
+                socketserver.TCPServer.server_bind(self)
+        self.server = inside(world.there, lambda: Server((host, 80), Handler))
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def behind_nat(rig: Rig, world: World, **network: Any) -> str:
+    """Start a proxy that listens everywhere and has to find its address; the host in its links."""
+    nothing = {str(index): None for n in (1, 2, 3, 4, 5, 203, 10002) for index in (n, -n)}
+    proxy = rig.proxy({"upstreams": [{"type": "direct"}], "network": network, "dc_overrides": nothing,
+                       "general": {"middle_proxy_nat_probe": True, "links": {"show": ["alice"]}},
+                       "server": {"listeners": [{"ip": "0.0.0.0"}],
+                                  "api": {"enabled": True, "listen": "127.0.0.1:9091", "minimal_runtime_enabled": True}}},
+                      command=["ip", "netns", "exec", world.here, sys.executable, "-B", str(PROGRAM)])
+    host = proxy.wait_log(r"Proxy Links \((.*)\) ---", timeout=15)[1]
+    links = inside(world.here, lambda: ApiClient(9091).data("/v1/users/alice"))["links"]
+    assert f"server={host}&" in str(links)
+    return host
+
+
+def test_links_show_what_honest_servers_see(world: World, rig: Rig) -> None:
+    """One of three lies; the links wait for the answer, clients do not."""
+    servers = [Stun(world, V4[dc], LIE if dc == 1 else PUBLIC) for dc in (1, 2, 3)]
+    try:
+        host = behind_nat(rig, world, stun_use=True, stun_servers=[f"{V4[dc]}:3478" for dc in (1, 2, 3)])
+        proxy = rig.proxies[-1]
+        assert host == PUBLIC and proxy.log(f"STUN-Quorum reached, IP: {PUBLIC}$")
+        assert proxy.log(rf"Network capabilities resolved ipv4=10.77.0.2 .*reflected_v4={PUBLIC}:4711 ")
+        poll(lambda: (proxy.folder / "cache/public_ip.txt").exists(), "the cache file")
+        assert (proxy.folder / "cache/public_ip.txt").read_text() == f"{PUBLIC}\n"
+    finally:
+        for server in servers:
+            server.close()
+
+
+def test_links_show_what_a_site_tells_or_the_cache_remembers(world: World, rig: Rig) -> None:
+    """No STUN server answers; then no site either, and the file of the first run is believed."""
+    site = Site(world, V4[5], PUBLIC)
+    urls = {"stun_use": True, "stun_servers": [f"{V4[4]}:3478"], "http_ip_detect_urls": [f"http://{V4[5]}/ip"]}
+    try:
+        assert behind_nat(rig, world, **urls) == PUBLIC
+    finally:
+        site.close()
+    first = rig.proxies[-1]
+    assert first.log("INFO .*STUN unavailable, using HTTP public IPv4 fallback ip=8.8.4.4$")
+    cache = first.folder / "cache/public_ip.txt"
+    poll(cache.exists, "the cache file")
+    first.settle()
+    first.stop()
+    assert behind_nat(rig, world, cache_public_ip_path=str(cache), **urls) == PUBLIC
+
+
+def test_links_show_the_private_address_when_nobody_tells(world: World, rig: Rig) -> None:
+    assert world.wire is not None
+    world.wire.cut = {4, 6}                                 # nobody answers, nobody refuses
+    began = time.monotonic()
+    host = behind_nat(rig, world, stun_use=True, stun_servers=[f"{V4[1]}:3478"], http_ip_detect_urls=[f"http://{V4[5]}/ip"])
+    assert host == "10.77.0.2" and 4.5 < time.monotonic() - began < 15, "links wait 5 s, no longer"
+    world.wire.cut = set()
