@@ -8534,17 +8534,18 @@ log_streams: Final = Log("streams")
 # Which address a data-centre index means, and how to get there.  The index is
 # signed: negative is the media cluster of the same data centre, 203 is the CDN,
 # 10000+n are test centres.  An unknown one goes to the default cluster, but the
-# preamble always carries what the client asked for.
+# preamble always carries what the client asked for.  In this order:
 #
 #   NetworkView  our own addresses, and what the world sees of them
-#   Upstreams    all ways out; connect_dc() and connect() start a Cycle
-#   Cycle        one request for a connection: several Passages, each on a Route
-#                not tried yet while a healthy one is left
-#   Passage      one attempt: name, TCP and SOCKS dialogue to one target, before one deadline
+#   DcDirectory  index -> Destination
 #   Route        one [[upstreams]] entry: where from, with which credentials, and
 #                what we know about it: healthy or not, latency, families that work
+#   Passage      one attempt: name, TCP and SOCKS dialogue, before one deadline
+#   Cycle        one request for a connection: several Passages, each on a Route
+#                not tried yet while a healthy one is left
 #   Health       checks every route each half minute
 #   Survey       the connectivity table after the start
+#   Upstreams    all of them; connect_dc() and connect() start a Cycle
 #
 # Trap: a way that accepts and never answers costs a whole timeout.  So a silent
 # attempt is not waited for: after a quarter of its time the next route starts
@@ -8655,7 +8656,7 @@ class Gate:
             self._free += 1
 
 
-# -- which addresses we have, and which the world sees (3, 4, 5, D11, D13-D15)
+# -- discovery: which addresses we have, and which the world sees (3, 4, 5, D11, D13-D15)
 
 Wish: TypeAlias = "tuple[int, str]"            # IP version, source address; empty = the system's choice
 
@@ -9103,7 +9104,7 @@ class NetworkView:
             self.loop.call(reader)
 
 
-# -- where to
+# -- directory: where to
 
 class Destination(NamedTuple):
     """Where a cycle wants to go: addresses that somebody named, else a row of DC_TABLE."""
@@ -9179,7 +9180,7 @@ class DcDirectory:
             self._path_refused = True
 
 
-# -- one way out
+# -- routes: one way out
 
 class Path:
     """What one route knows about one data centre: latency, and which families of its table address work."""
@@ -9379,7 +9380,7 @@ class OwnAddresses:
         return found
 
 
-# -- one attempt
+# -- passages: one attempt
 
 class Connected(NamedTuple):
     """A connection through an upstream.  `bound`: address that a SOCKS server gave as its own."""
@@ -9550,7 +9551,7 @@ def _io_error(error: OSError) -> RouteError:
     return RouteError(f"IO error: {error.strerror} (os error {error.errno})", code=error.errno or 0)
 
 
-# -- one request for a connection
+# -- cycles: one request for a connection
 
 class Cycle:
     """Up to `upstream_connect_retry_attempts` attempts for one connection (7.4, D7).
@@ -9662,7 +9663,7 @@ class Cycle:
             self._up.loop.call(done, result)
 
 
-# -- is it alive
+# -- health: is it alive
 
 def is_listed(target: Target, dc: int) -> bool:
     """True if `target` is what DC_TABLE has for `dc`."""
@@ -9889,6 +9890,8 @@ class Survey:
             if works[v6]:
                 log_upstreams.info("%s", _RULE)
 
+
+# -- all of them
 
 class Upstreams:
     """The ways out, and the connect cycles that use them."""

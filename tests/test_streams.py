@@ -782,3 +782,42 @@ def test_an_inlet_looks_at_a_flood_of_records_in_portions(loop, record):
     stream.close()
     loop.turn()
     far.close()
+
+
+# -- addresses of interfaces, sockets that are given away
+
+
+@pytest.mark.parametrize("broken", [(), ("_netlink_addresses",), ("_netlink_addresses", "if_nametoindex")])
+def test_addresses_of_an_interface(monkeypatch, broken):
+    """By rtnetlink, and where a service manager forbids that, by ioctl and /proc (platform 2)."""
+    def forbidden(*_):
+        raise OSError(97, "Address family not supported by protocol")
+    for name in broken:
+        monkeypatch.setattr(telemt.socket if name == "if_nametoindex" else telemt, name, forbidden)
+    found = telemt.interface_addresses("lo")
+    assert "127.0.0.1" in found and all(telemt.parse_ip(ip) is not None for ip in found)
+    assert telemt.interface_addresses("nosuch9") == [] and telemt.interface_addresses("x" * 40) == []
+
+
+def test_every_interface_is_read_the_same_both_ways():
+    """No link-local address, whichever way; the plain way may know fewer IPv4 addresses, never others."""
+    for _, name in socket.if_nameindex():
+        by_netlink = telemt.interface_addresses(name)
+        plain = [ip for ip in telemt._plain_addresses(name) if not ip.startswith("fe80:")]
+        assert set(plain) <= set(by_netlink) and not any(ip.startswith("fe80:") for ip in by_netlink)
+
+
+def test_a_released_socket_is_out_of_the_loop():
+    loop = TestLoop()
+    near, far = tcp_pair()
+    stream = telemt.Stream(loop, near)
+    stream.watch(telemt.READ, lambda mask: None)
+    sock = stream.release()
+    stream.close()
+    far.sendall(b"x")
+    assert loop.turn() == 0 and set(loop.handlers) == {loop.mailbox.fd} and sock is near
+    sock.settimeout(5)
+    assert sock.recv(1) == b"x"
+    sock.close()
+    far.close()
+    loop.dispose()
