@@ -290,6 +290,55 @@ def test_silent_endpoints_do_not_pile_up_dials():
     assert len([link for link in links(sim) if link.dc == 2]) == 4, "a living data centre found no place for its dial"
 
 
+def test_dead_data_centres_leave_a_place_for_the_dial_of_a_living_one():
+    sim = pool(4, 12)
+    sim.run(20)
+    for point, site in sim.sites.items():
+        site.mode = "up" if point[0].startswith("10.0.12.") else "silent"
+    kill(sim, *[link for link in links(sim) if link.dc != 12])
+    most = 0
+    for _ in range(20):
+        sim.run(0.5)
+        most = max(most, len(links(sim, Phase.DIALLING)))
+        spare = next(link for link in links(sim) if link.dc == 12)
+        sim.planner.roster.quarantine._until.clear()
+        kill(sim, spare)
+        assert [link for link in links(sim, Phase.DIALLING) if link.dc == 12], "no place"
+        sim.run(1)
+    assert 20 < most <= 32, "the dials of the dead ones have filled what they may"
+
+
+def test_a_dial_that_takes_too_long_counts_for_the_pace():
+    sim = pool(4, me_reconnect_backoff_base_ms=5000, me_reconnect_fast_retry_count=1)
+    sim.run(20)
+    for site in sim.sites.values():
+        site.mode = "silent"
+    before = dials(sim)
+    kill(sim, *links(sim))
+    sim.run(5)
+    assert dials(sim) - before == 4
+    sim.run(14)
+    assert 4 < dials(sim) - before <= 8
+
+
+def test_after_an_exhausted_refill_there_is_a_pause():
+    sim = pool(3, me_reconnect_backoff_base_ms=20_000, me_reconnect_fast_retry_count=2, me_floor_mode="static")
+    sim.run(25)
+    for site in sim.sites.values():
+        site.mode = "refuse"
+    for _ in range(6):
+        sim.dial_in(1)
+    before = dials(sim)
+    kill(sim, links(sim)[0])
+    sim.run(2)
+    assert sim.counts.totals["refill_failed_total"] == 1 and dials(sim) == before + 2
+    before = dials(sim)
+    sim.run(15)
+    assert dials(sim) == before
+    sim.run(20)
+    assert dials(sim) > before
+
+
 # -- floors
 
 def single(sim: Sim) -> int:
@@ -481,6 +530,20 @@ def test_hardswap_switched_off_drops_the_pending_generation():
     sim.planner.apply(sim.now, telemt.Settings(general=telemt.General(hardswap=False)))
     sim.act()
     assert not links(sim, Phase.WARM) and sim.planner.roster.generations.pending == 0 and len(links(sim)) == 3
+
+
+def test_a_dropped_generation_stays_where_nothing_else_works():
+    sim = pool(3)
+    sim.planner.swap.trigger(sim.now, telemt.Trigger.PERIODIC)
+    sim.act()
+    sim.run(3)
+    warm = links(sim, Phase.WARM)
+    sim.auto = False
+    kill(sim, *links(sim))
+    sim.planner.apply(sim.now, telemt.Settings(general=telemt.General(hardswap=False)))
+    actions = sim.act()
+    assert warm and all(link.phase is Phase.ACTIVE and link.generation == 1 for link in warm)
+    assert {action.link_id for action in actions if isinstance(action, telemt.PromoteLink)} == {link.link_id for link in warm}
 
 
 def test_without_hardswap_only_links_that_are_not_listed_go_and_may_be_bound_meanwhile():
