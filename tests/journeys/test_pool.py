@@ -146,6 +146,7 @@ def test_one_dead_data_centre_leaves_the_others_alone(rig: Rig, make_world: Call
     for me in world.mes[4]:
         me.down()
     doomed.expect_closed(PATIENCE)
+    proxy.wait_log("DC 4: its only Middle-End endpoint .* has no link left", timeout=PATIENCE)
     late = rig.client(dc=4)
     late.echo(b"by another way!!")              # waits for a link, then goes direct
     proxy.wait_log(r"WARN .*DC 4 has no Middle-End link: its new sessions go direct", timeout=PATIENCE)
@@ -202,16 +203,17 @@ def test_strict_mode_waits_and_closes(rig: Rig, make_world: Callable[..., MeWorl
     proxy = start(rig, world, {"auto_degradation_enabled": False})
     for me in world:
         me.down()
+    proxy.wait_log(r"Middle-End not usable \(1 of 1 DC groups down\): new sessions wait and close", timeout=PATIENCE)
     started = time.monotonic()
     rig.client(dc=2).expect_closed(PATIENCE)
     assert time.monotonic() - started >= 2.5 and not rig.dc.peers
-    proxy.wait_log(r"Middle-End not usable \(1 of 1 DC groups down\): new sessions wait and close", timeout=PATIENCE)
 
 
 def test_a_waiting_session_takes_the_first_link_that_comes(rig: Rig, make_world: Callable[..., MeWorld]) -> None:
     world = make_world({2: 2, 4: 1})            # an only endpoint is dialled again although its links lived too short (D10)
-    start(rig, world)
+    proxy = start(rig, world)
     world.mes[4][0].down()
+    proxy.wait_log("DC 4: its only Middle-End endpoint .* has no link left", timeout=PATIENCE)
     client = rig.client(dc=4)
     client.send_frame(b"early bird......")
     time.sleep(0.3)                             # it waits; nothing to see from outside
