@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from doubles import PROGRAM, ApiClient, Client, FakeDc, Rig, poll
+from doubles import PROGRAM, ApiScript, Client, FakeDc, Rig, poll
 
 _T = TypeVar("_T")
 
@@ -173,7 +173,7 @@ def start(rig: Rig, world: World, **network: Any) -> None:
 
 
 def row(world: World) -> dict[str, Any]:
-    found: dict[str, Any] = inside(world.here, lambda: ApiClient(9091).data("/v1/stats/upstreams"))["upstreams"][0]
+    found: dict[str, Any] = inside(world.here, lambda: ApiScript(9091).data("/v1/stats/upstreams"))["upstreams"][0]
     return found
 
 
@@ -320,7 +320,7 @@ def behind_nat(rig: Rig, world: World, **network: Any) -> str:
                                   "api": {"enabled": True, "listen": "127.0.0.1:9091", "minimal_runtime_enabled": True}}},
                       command=["ip", "netns", "exec", world.here, sys.executable, "-B", str(PROGRAM)])
     host = proxy.wait_log(r"Proxy Links \((.*)\) ---", timeout=15)[1]
-    links = inside(world.here, lambda: ApiClient(9091).data("/v1/users/alice"))["links"]
+    links = inside(world.here, lambda: ApiScript(9091).data("/v1/users/alice"))["links"]
     assert f"server={host}&" in str(links)
     return host
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from doubles import ApiClient, Client, Rig, free_port, poll
+from doubles import ApiScript, Client, Rig, free_port, poll
 from programs import Microsocks, needs
 
 TIMEOUT_S = 8                                   # tg_connect: generous, a loaded machine must not be mistaken for a slow way
@@ -53,19 +53,19 @@ def socks(port: int) -> dict[str, Any]:
 GOOD = {"type": "direct", "bind_addresses": ["127.0.0.1", "::1"]}
 
 
-def start(rig: Rig, upstreams: list[dict[str, Any]], **general: Any) -> ApiClient:
-    """A proxy with these ways out; returns its API."""
+def start(rig: Rig, upstreams: list[dict[str, Any]], quick: bool = True, **general: Any) -> ApiScript:
+    """A proxy with these ways out; returns its API.  quick: health checks every second, so that there is hardly a moment without one."""
     api_port = free_port()
-    rig.env["TELEMT_PATHS"] = "quick-checks"
+    rig.env["TELEMT_PATHS"] = "quick-checks" if quick else ""
     rig.proxy({"upstreams": upstreams, "timeouts": {"tg_connect": TIMEOUT_S},
                "general": {"upstream_unhealthy_fail_threshold": 2, "upstream_connect_retry_attempts": 3, **general},
                "server": {"api": {"enabled": True, "listen": f"127.0.0.1:{api_port}", "minimal_runtime_enabled": True}}})
-    api = ApiClient(api_port)
+    api = ApiScript(api_port)
     poll(lambda: api.ask("GET", "/v1/health")[0] == 200, "the API")
     return api
 
 
-def rows(api: ApiClient) -> list[dict[str, Any]]:
+def rows(api: ApiScript) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = api.data("/v1/stats/upstreams")["upstreams"]
     return found
 
@@ -135,7 +135,7 @@ def test_all_ways_are_broken_and_come_back(rig: Rig, tmp_path: Path) -> None:
 
 def test_an_impatient_client_before_a_silent_way(rig: Rig, mute: MuteServer) -> None:
     """Nowhere else to go: it waits, and leaves nothing behind when it goes."""
-    start(rig, [socks(mute.port)])
+    start(rig, [socks(mute.port)], quick=False)
     impatient = rig.client()
     poll(lambda: len(mute.guests) > 0, "the attempt")
     impatient.close()
