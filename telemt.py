@@ -15708,7 +15708,8 @@ def print_facts(server: Server) -> None:
         log_cli.info("Runtime DNS overrides configured: %d entries", len(settings.network.dns_overrides))
     if settings.access.replay_check_len == 0:
         log_cli.warn("access.replay_check_len = 0: replayed handshakes are not recognised")
-    log_cli.info("Transport: Direct DC - TCP - standard DC-over-TCP")
+    log_cli.info("Transport: %s", "Middle-End Proxy - all DC-over-RPC" if settings.general.use_middle_proxy
+                 else "Direct DC - TCP - standard DC-over-TCP")
 
 
 def missing_parts(settings: Settings) -> list[str]:
