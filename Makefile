@@ -70,8 +70,8 @@ bench: $(STAMP) ## measure against bare loops and write docs/performance.md; QUI
 	"$(PY)" tools/bench_api.py $(if $(QUICK),--rounds 3 --seconds 1,--write)
 	"$(PY)" tools/bench_strangers.py $(if $(QUICK),--quick,--write)
 
-docs: ## write docs/api.md from the tables of telemt_api.py
-	@python=$$($(FIND) pick "$(PYTHON)") && PYTHONPATH=. "$$python" -B tools/api_docs.py
+docs: ## write docs/configuration.md and docs/api.md from the tables in the code; ARGS=--check only compares
+	@python=$$($(FIND) pick "$(PYTHON)") && PYTHONPATH=. "$$python" -B tools/make_docs.py $(ARGS)
 
 bench-check: $(STAMP) ## exit 1 where a ratio is worse than the committed table by a quarter, twice in a row
 	"$(PY)" tools/bench.py --check $(ARGS)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import api_docs
 import house_check
+import make_docs
 import telemt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -265,8 +265,32 @@ def test_the_readme_has_the_two_commands() -> None:
     assert ["make", "test"] in commands
 
 
-def test_the_document_of_the_api_is_current() -> None:
-    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == api_docs.render(), "run make docs"
+def test_generated_documents_are_current() -> None:
+    assert make_docs.stale() == [], "run make docs"
+
+
+def test_the_document_of_the_configuration_has_every_key() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    keys = [path.rpartition(".") for path, spec in telemt.KEYS.items() if spec.table is None]
+    known = {(make_docs.heading(table), name) for table, _, name in keys}
+    shown, section = [], ""
+    for line in text.splitlines():
+        if line.startswith("## "):
+            section = line[3:]
+        elif section == "top level" or section.startswith("["):
+            shown += [(section, name) for name in re.findall(r"^\| `(\w+)` \|", line)]
+    assert len(shown) == len(set(shown)) and set(shown) == known and len(known) > 150
+
+
+def test_a_stale_document_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(make_docs, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    assert make_docs.main(["--check"]) == 1 and not list((tmp_path / "docs").iterdir())
+    assert make_docs.main([]) == 0 and make_docs.main(["--check"]) == 0
+    path = tmp_path / "docs" / "configuration.md"
+    path.write_text(path.read_text(encoding="utf-8").replace("8", "9", 1), encoding="utf-8")
+    assert make_docs.main(["--check"]) == 1
+    assert "configuration.md: not current" in capsys.readouterr().out
 
 
 def test_help_lists_every_target() -> None:

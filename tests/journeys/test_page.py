@@ -91,6 +91,7 @@ def shoot(page: Any, name: str) -> None:
         for size in ((1280, 800), (390, 844)):
             page.emulate_media(color_scheme=theme)
             page.set_viewport_size({"width": size[0], "height": size[1]})
+            page.evaluate("scrollTo(0, 0)")          # else the line at the top hangs over what the test looked at last
             page.screenshot(path=SCREENS / f"{name}-{theme}-{size[0]}.png", full_page=True)
     page.set_viewport_size({"width": 320, "height": 640})
     assert page.evaluate("document.documentElement.scrollWidth") <= 320
