@@ -260,6 +260,29 @@ def test_every_link_to_a_file_leads_somewhere(document: str) -> None:
     assert [link for link in links if link and not (ROOT / document).parent.joinpath(link).exists()] == []
 
 
+def anchors(document: Path) -> set[str]:
+    """What GitHub makes of the headings of a document."""
+    heads = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^a-z0-9 _-]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_to_a_heading_leads_somewhere(document: str) -> None:
+    path = ROOT / document
+    for name, anchor in re.findall(r"\]\(([^():#]*)#([^)]+)\)", path.read_text(encoding="utf-8")):
+        assert anchor in anchors(path.parent / name if name else path), f"{name}#{anchor}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_key_named_in_a_document_exists(document: str) -> None:
+    """`table.key` and `[table]` in running text are keys and tables of the settings."""
+    text = re.sub(r"^ *```.*?^ *```", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.M | re.S)
+    known = {path.replace("[]", "") for path in telemt.KEYS}
+    roots = "|".join(sorted({path.partition(".")[0] for path in known if "." in path}))
+    named = re.findall(rf"`((?:{roots})\.[a-z_0-9.]+)\b", text) + re.findall(rf"`\[+((?:{roots})[a-z_.]*)\]+`", text)
+    assert [name for name in named if name not in known] == []
+
+
 def test_the_readme_has_the_two_commands() -> None:
     commands = commands_in("README.md")
     assert ["python3", "telemt.py", "config.toml"] in commands
