@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -335,3 +336,22 @@ def test_the_driver_of_the_pool_decides_nothing() -> None:
               for node in ast.walk(bodies[name]) if isinstance(node, ast.Attribute)} & (set(telemt.General.members) - {"links"})
     read = {node.attr for node in ast.walk(bodies["Pool"]) if isinstance(node, ast.Attribute)}
     assert len(policy) > 20 and not policy & read
+
+
+@pytest.mark.parametrize("name", BOOKS)
+def test_no_name_has_two_owners(name: str) -> None:
+    """A second definition of a top-level name silently replaces the first, in whatever room that stands."""
+    seen: Counter[str] = Counter()
+    for node in ast.parse((ROOT / name).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            seen[node.name] += 1
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            seen.update(part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name))
+    assert not [word for word, times in seen.items() if times > 1]
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """pytest imports them by their base name: the second one could not be collected."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, times in names.items() if times > 1]
