@@ -3,7 +3,7 @@
 
 PYTHON  ?=
 CONFIG  ?= config.toml
-JOBS    ?= 2
+JOBS    ?= 4
 RUNS    ?= 100000
 SEED    ?=
 ARGS    ?=
@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml
 deps-test: ## install what only the tests need (nginx, haproxy ...) by apt; without root or network it says so and goes on
 	@sh tools/deps_test.sh
 
-test: $(STAMP) ## run every test in two processes; ARGS='-k word' narrows
+test: $(STAMP) ## run every test, JOBS=4 side by side (they mostly wait); ARGS='-k word' narrows
 	"$(PY)" -m pytest -n $(JOBS) $(ARGS)
 
 check: lint types house test ## all that CI asks: lint, types, house, test

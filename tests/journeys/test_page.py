@@ -24,7 +24,7 @@ expect = playwright.expect
 expect.set_options(timeout=20_000)               # several polls on a loaded machine
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")                     # its event loop must be gone before the next file starts one
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as engine:
         running = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--host-resolver-rules=MAP lan.test 127.0.0.1"])
