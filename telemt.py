@@ -10356,6 +10356,7 @@ class MeLink:
             self._fail(result)
             return
         self.stream = stream = result.stream
+        self.pool.notes.first.connected(self.id, self.pool.loop.now)
         tune_link(stream.sock)
         self.out = LinkOut(stream)
         try:
@@ -10649,6 +10650,99 @@ class Bindings:
             self.queues.pop(waiting.group, None)
 
 
+class FirstTry(NamedTuple):
+    """How the first dial of an endpoint ended: milliseconds to the connection and to the ready link, None = not reached."""
+
+    dc: int
+    endpoint: Endpoint
+    connect_ms: float | None
+    ready_ms: float | None
+    error: str
+
+    def text(self) -> str:
+        """One line of the block (middle-proxy-wire.md 13)."""
+        ip, port = self.endpoint
+        head = f"     {'-' if self.dc < 0 else '+'} {ip}:{port}\tPing: "
+        if self.connect_ms is None:
+            return f"{head}FAIL ({self.error})"
+        end = f"FAIL ({self.error})" if self.ready_ms is None else f"{self.ready_ms:.0f} ms / OK"
+        return f"{head}{self.connect_ms:.0f} ms / RPC: {end}"
+
+
+class FirstTries:
+    """The block "Telegram ME Connectivity": printed once, when the dials of the first plans have all ended (13, pool D1)."""
+
+    def __init__(self, via: str) -> None:
+        self._via = via
+        self._open: dict[int, list[float]] | None = {}       # moments of each dial under way; None: it is printed
+        self._found: dict[tuple[int, Endpoint], FirstTry] = {}
+
+    def expect(self, link_id: int, now: float) -> None:
+        """A link is dialled."""
+        if self._open is not None:
+            self._open[link_id] = [now]
+
+    def connected(self, link_id: int, now: float) -> None:
+        """Its connection stands, the handshake begins."""
+        if self._open is not None and link_id in self._open:
+            self._open[link_id].append(now)
+
+    def ended(self, link: MeLink, now: float, error: Exception | None) -> None:
+        """The dial is over, and the link is ready where `error` is None."""
+        if self._open is None or link.id not in self._open:
+            return
+        began, *connected = self._open.pop(link.id)
+        took = [(at - began) * 1000 for at in connected]
+        ready_ms = (now - connected[0]) * 1000 if connected and error is None else None
+        self._found.setdefault((link.dc, link.endpoint), FirstTry(
+            link.dc, link.endpoint, took[0] if took else None, ready_ms, _why_not(error, bool(took))))
+        if not self._open:
+            self._open = None
+            for line in self.lines():
+                log_me.info("%s", line)
+
+    def lines(self) -> Iterator[str]:
+        """The block."""
+        yield "================= Telegram ME Connectivity ================="
+        usable = {":" in row.endpoint[0] for row in self._found.values() if row.ready_ms is not None}
+        yield "  " + {(True, True): "IPv4 and IPv6 available", (True, False): "IPv4 only / IPv6 unavailable",
+                      (False, True): "IPv6 only / IPv4 unavailable", (False, False): "No ME connectivity"}[False in usable, True in usable]
+        yield f"  via {self._via}"
+        yield _RULE
+        group = None
+        for row in sorted(self._found.values(), key=lambda row: (abs(row.dc), ":" in row.endpoint[0], row.dc, row.endpoint)):
+            if group != (group := (abs(row.dc), ":" in row.endpoint[0])):
+                yield f"    DC{group[0]} [IPv{6 if group[1] else 4}]"
+            yield row.text()
+        yield _RULE
+        self._found.clear()
+
+
+def _why_not(error: Exception | None, connected: bool) -> str:
+    """Reason of a failed dial as the block words it; "" for None."""
+    match error:
+        case None:
+            return ""
+        case RpcError():
+            return "handshake timeout" if str(error) == _PHASE_TEXT else f"bad handshake: {str(error).removeprefix('Invalid handshake: ')}"
+        case OSError():
+            return f"io: {error.strerror}"
+    text = str(error)
+    if text.startswith("Connection timeout"):
+        return "connect timeout"
+    kind, _, rest = text.partition(": ")
+    if kind in ("IO error", "Proxy error") and rest:
+        return f"{'io' if kind == 'IO error' else 'proxy'}: {rest}"
+    return f"crypto: {text}" if connected else f"proxy: {text}"      # connected, but there are no addresses to make keys of
+
+
+class DialNotes(NamedTuple):
+    """What a pool remembers of its dials."""
+
+    drift: DriftMemory
+    first: FirstTries
+
+
 class Pool:
     """The driver: performs what the planner says and tells it what happened.  No policy in here."""
 
@@ -10662,7 +10756,7 @@ class Pool:
         self.links: dict[int, MeLink] = {}
         self.bindings = Bindings(int.from_bytes(origin.entropy(8), "little"))
         self.phases: Lane[MeLink] = loop.lane(_LINK_PHASE_S, self._on_phase_timeout)
-        self.drift = DriftMemory()
+        self.notes = DialNotes(DriftMemory(), FirstTries(", ".join(route.name() for route in upstreams.routes) or "no upstream"))
         self._planned = False
         self._wake: Timer | None = None
 
@@ -10731,6 +10825,7 @@ class Pool:
     def _perform(self, action: Action) -> None:
         match action:
             case OpenLink():
+                self.notes.first.expect(action.link_id, self.loop.now)
                 self.links[action.link_id] = MeLink(self, action)
             case CloseLink(link_id):
                 if (link := self.links.pop(link_id, None)) is not None:
@@ -10791,12 +10886,13 @@ class Pool:
         return str(nat_ip) if nat_ip is not None and nat_ip.version == version else ""
 
     def _on_phase_timeout(self, link: MeLink) -> None:
-        self.fail_dial(link, RpcError("handshake", "Telegram handshake timeout"))
+        self.fail_dial(link, RpcError("handshake", _PHASE_TEXT))
 
     def on_link_ready(self, link: MeLink, ends: LinkEnds) -> None:
         """A handshake is done."""
+        self.notes.first.ended(link, self.loop.now, None)
         log_me.info("Middle-End link up", link=link.id, dc=link.dc, endpoint=format_address(*link.endpoint))
-        match self.drift.note(link.endpoint, (ends.client_ip, ends.server_ip, ends.compat), ends.client_port):
+        match self.notes.drift.note(link.endpoint, (ends.client_ip, ends.server_ip, ends.compat), ends.client_port):
             case "drift":
                 self.me.count("kdf_drift_total")
                 log_me.warn("ME KDF input drift detected", endpoint=format_address(*link.endpoint))
@@ -10811,6 +10907,7 @@ class Pool:
             return
         del self.links[link.id]
         link.close()
+        self.notes.first.ended(link, self.loop.now, error)
         if isinstance(error, RpcError) and error.kind == "rejected":
             self.me.handshake_rejected(error.code)
         log = log_me.warn if _dial_failed.ready() else log_me.debug
@@ -11221,6 +11318,7 @@ def describe(error: Exception) -> str:
 
 
 _dial_failed: Final = Throttle(1.0)
+_PHASE_TEXT: Final = "Telegram handshake timeout"
 log_me: Final = Log("middle")
 
 

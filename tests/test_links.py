@@ -81,6 +81,8 @@ class Session:
 class Dials:
     """The upstreams: dials without a cycle."""
 
+    routes = (types.SimpleNamespace(name=lambda: "direct"),)
+
     def __init__(self, loop):
         self.loop, self.aborted, self.asked = loop, 0, []
         self.deadlines = loop.lane(10, telemt.Dial.on_timeout)
@@ -218,6 +220,38 @@ def test_handshake_fault_fails_the_dial_and_says_why(rig, knobs, text, monkeypat
     assert any(telemt.re.search(text, line) for line in lines), lines
     assert not rig.pool.links and rig.planner.told("on_link_ready") == []
     assert rig.counters.me.error_codes == ({-4: 1} if knobs.get("reply_error") else {})
+
+
+def test_the_first_dials_are_told_in_one_block(rig, me, monkeypatch):
+    """middle-proxy-wire.md 13: once, when all have ended; later dials are not in it."""
+    lines = []
+    monkeypatch.setattr(telemt.LogBook, "threshold", telemt.Level.INFO)
+    monkeypatch.setattr(telemt.LogBook, "sink", lambda level, target, line: lines.append(line))
+    shut = fake.doubles.free_port()
+    with fake.FakeMiddleEnd(corrupt_crc=-1) as broken:
+        rig.do(OpenLink(1, 2, (me.host, me.port), 1), OpenLink(2, -2, (broken.host, broken.port), 1),
+               OpenLink(3, 4, ("127.0.0.1", shut), 1))
+        rig.until(lambda: rig.planner.told("on_link_ready") and len(rig.planner.told("on_dial_failed")) == 2)
+        rig.do(OpenLink(4, 5, (me.host, me.port), 1))
+        rig.until(lambda: [4] in rig.planner.told("on_link_ready"))
+    text = "\n".join(line for line in lines if "link" not in line)
+    assert telemt.re.sub(": 0x.*\\)", ")", telemt.re.sub(r"\d+ ms", "N ms", text)).splitlines() == [
+        "================= Telegram ME Connectivity =================", "  IPv4 only / IPv6 unavailable", "  via direct", "=" * 60,
+        "    DC2 [IPv4]",
+        f"     - 127.0.0.1:{broken.port}\tPing: N ms / RPC: FAIL (bad handshake: HS CRC mismatch)",
+        f"     + 127.0.0.1:{me.port}\tPing: N ms / RPC: N ms / OK",
+        "    DC4 [IPv4]", f"     + 127.0.0.1:{shut}\tPing: FAIL (io: Connection refused (os error 111))", "=" * 60]
+
+
+@pytest.mark.parametrize(("error", "connected", "text"), [
+    (telemt.RouteError("Connection timeout to 1.2.3.4:8888"), False, "connect timeout"),
+    (telemt.RpcError("handshake", "Telegram handshake timeout"), True, "handshake timeout"),
+    (telemt.RouteError("Proxy error: SOCKS5 reply 5"), False, "proxy: SOCKS5 reply 5"),
+    (telemt.RouteError("no address to make keys of"), True, "crypto: no address to make keys of"),
+    (telemt.RouteError("Config error: No upstreams available"), False, "proxy: Config error: No upstreams available"),
+    (OSError(104, "Connection reset by peer"), True, "io: Connection reset by peer"), (None, True, "")], ids=str)
+def test_reasons_of_the_block(error, connected, text):
+    assert telemt._why_not(error, connected) == text
 
 
 @pytest.mark.parametrize("stage", ["accept", "nonce", "handshake"])

@@ -220,6 +220,16 @@ def test_proxy_config(case):
     assert (found.default_dc, found.lines, bool(found.endpoints)) == (wanted["default_dc"], wanted["proxy_for_lines"], wanted["usable"])
 
 
+@pytest.mark.parametrize("case", MIDDLE["proxy_config"], ids=lambda case: case["name"])
+def test_proxy_config_mirrored(case):
+    """A number that is listed with one sign only serves the other one too."""
+    found = telemt.parse_proxy_config(case["text"], case["family"]).endpoints
+    joined = telemt.ProxyMap(found if case["family"] == 4 else {}, found if case["family"] == 6 else {}, 2, (case["family"],))
+    wanted = {int(dc): frozenset(map(tuple, listed)) for dc, listed in case["expect"]["mirrored_map"].items()}
+    assert {dc: joined.exact(dc) for dc in wanted} == wanted
+    assert {dc for group in joined.groups for dc in (group, -group) if joined.exact(dc)} == set(wanted)
+
+
 def test_builtin_lists_cover_every_dc():
     for family in (4, 6):
         assert sorted(telemt.builtin_list(family).endpoints) == [-5, -4, -3, -2, -1, 1, 2, 3, 4, 5]

@@ -16,8 +16,10 @@ from statistics import median
 
 import pytest
 
-from doubles import MIB, MODES, ROUTES, Client, Rig, merged, pattern, pattern_sha, poll, wrap_frame
+from doubles import MIB, MODES, ROUTES, Client, Rig, free_port, merged, pattern, pattern_sha, poll, wrap_frame
 from fake_middle_end import MeWorld, answer, close_ext
+from tests.journeys.test_metrics import fetch
+from tests.test_api_metrics import samples
 
 BULK = int(os.environ.get("TELEMT_JOURNEY_MIB", "64")) * MIB
 WINDOW = 4 * MIB                # clients ask for what they can take: the middle end does not wait for anybody
@@ -183,10 +185,12 @@ def test_middle_end_that_is_away_at_start_comes_later(rig: Rig) -> None:
     with MeWorld({2: 1}) as world:
         me = world.mes[2][0]
         me.down()
-        proxy = rig.proxy(world.config())
+        port = free_port()
+        proxy = rig.proxy(merged(world.config(), {"server": {"metrics_port": port}}))
         client = rig.client()                  # waits, then goes direct
         client.req_pq()
         assert proxy.log("mode=direct")
+        assert int(samples(fetch(port)[2])["telemt_me_fallback_sessions_total"]) >= 1
         me.up()
         me.take(40)
         poll(lambda: proxy.log("mode=middle_proxy") if can_echo(rig) else None, "a session through the middle end", 30)
