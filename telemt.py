@@ -29,7 +29,7 @@ contents; tools/house_check.py keeps this map true.  Missing numbers are rooms o
   19  session     io    <- 1 2 4 6-18   from accept to a relay
   20  server      io    <- 1-3 9-19     listeners, places, sweep, reload, links, stop, the seam to telemt_api.py
   21  ping        io    <- 1-4 6 7 13 14   a client of our own: through any proxy link to a data centre
-  22  check       io    <- 1-3 14 20       what an operator would like to know before people complain
+  22  check       io    <- 1-3 9 14-16 20     what an operator would like to know before people complain
   23  cli         io    <- 1-3 13 14 20-22    arguments, files, log on stdout, process set-up, main()
 
 The trip of one client.  `Listener` accepts; `Server._on_accept` gives it a place and a `ClientSession`, which sniffs the
@@ -15000,7 +15000,8 @@ class Attempt:
             return f"{what} behind the ClientHello: a proxy would have answered; wrong port, wrong secret, or blocked on the way"
         if self.link.mode == "ee":
             return f"{what}; the handshake was fine, so the proxy does not reach data centre {self.dc}, or the user is at a limit"
-        return f"{what}: wrong secret or mode, or the proxy does not reach data centre {self.dc}"
+        return (f"{what}: wrong secret or mode (a web server with TLS also closes so), or the proxy does not reach "
+                f"data centre {self.dc}")
 
     def _fail(self, reason: str) -> None:
         self._end(Pong(self.dc, self.step, reason, self.times.get("connect"), self.times.get("handshake")))
@@ -15340,6 +15341,9 @@ def network_probes(settings: Settings) -> dict[str, Callable[[], Sequence[Findin
     cert = settings.censorship
     if cert.mask and not cert.mask_unix_sock:
         probes["mask host"] = functools.partial(probe_mask, settings)
+        probes["clock of the mask host"] = functools.partial(probe_mask_clock, settings)
+    if settings.general.use_middle_proxy and any(entry.enabled and entry.type == "direct" for entry in settings.upstreams):
+        probes["middle end"] = functools.partial(probe_middle, settings)       # what a SOCKS server would reach cannot be said here
     return probes
 
 
@@ -15374,23 +15378,85 @@ def run_probes(probes: Mapping[str, Callable[[], Sequence[Finding]]], tell: Call
 
 
 def probe_clock(name: str) -> Sequence[Finding]:
-    """Compare our clock with the one that a web server puts into its answers."""
-    import email.utils
+    """Compare our clock with the one that a web server puts into its answers.  Blocks; raises OSError."""
     import http.client
     connection = http.client.HTTPSConnection(name, timeout=_PROBE_LIMIT_S)
     try:
         connection.request("HEAD", "/", headers={"User-Agent": "curl/8"})
-        date = connection.getresponse().getheader("Date")
+        return compare_clocks(name, connection.getresponse().getheader("Date") or "", time.time())
     finally:
         connection.close()
-    if not date:
-        return []
-    ahead = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
-    if abs(ahead) <= _CLOCK_LIMIT_S:
+
+
+def probe_mask_clock(settings: Settings) -> Sequence[Finding]:
+    """The same with the mask host, whose certificate does not matter here; a host that does not answer is found by probe_mask."""
+    import http.client
+    import ssl
+    cert = settings.censorship
+    host, port = cert.mask_host or cert.tls_domain, cert.mask_port
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        ip = _look_up(host, port, settings.network.dns_overrides)[0]
+        if port == settings.server.port and is_local_ip(ip):
+            return []                          # it is ourselves
+        with (socket.create_connection((ip, port), _PROBE_LIMIT_S) as sock,
+              context.wrap_socket(sock, server_hostname=cert.tls_domain) as tls):
+            connection = http.client.HTTPConnection(cert.tls_domain, port)
+            connection.sock = tls
+            connection.request("HEAD", "/", headers={"User-Agent": "curl/8"})
+            return compare_clocks(host, connection.getresponse().getheader("Date") or "", time.time())
+    return []
+
+
+def compare_clocks(name: str, date: str, now_wall: float) -> Sequence[Finding]:
+    """The finding of a clock that is too far from the `Date` of a web server; none without a readable one."""
+    theirs = parse_http_date(date)
+    if theirs is None or abs(ahead := now_wall - theirs) <= _CLOCK_LIMIT_S:
         return []
     return [Finding("process", f"the clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} that of {name}",
-                    "the middle end refuses more than 30 s, FakeTLS clients more than 10 minutes",
+                    "the middle end refuses more than 30 s and stays unusable, FakeTLS clients are refused from 10 minutes on",
                     "timedatectl set-ntp true, or ntpd -q -p pool.ntp.org")]
+
+
+def probe_middle(settings: Settings) -> Sequence[Finding]:
+    """What will keep the middle end unusable (config.md 6.5).  Blocks."""
+    found, general, network = [], settings.general, settings.network
+    if not any((network.ipv4 and has_route("149.154.167.50"), network.ipv6 and has_route("2001:67c:4e8:f002::a"))):
+        found.append(Finding("network.ipv4", "no usable address family: this machine has no route to Telegram", _NO_MIDDLE,
+                             "network.ipv4 = true (or ipv6), and a default route: ip route"))
+    why = secret_trouble(general)
+    if why:
+        found.append(Finding("general.proxy_secret_path", f"no proxy-secret at {general.proxy_secret_path} and none to be had: {why}",
+                             _NO_MIDDLE, f"let this machine reach {general.proxy_secret_url or SECRET_URL}, or put the file there yourself"))
+    return found
+
+
+_NO_MIDDLE: Final = "it is what will keep the middle end unusable: no ad tag, media of other DCs may not load"
+
+
+def secret_trouble(general: General) -> str:
+    """Why there will be no proxy-secret, "" where there is one.  Blocks."""
+    limit = general.proxy_secret_len_max
+    with contextlib.suppress(OSError, WireError):
+        check_secret_size(len(read_small_file(general.proxy_secret_path, SECRET_BODY_MAX)), limit)
+        return ""
+    try:
+        answer = fetch_url(general.proxy_secret_url or SECRET_URL, SECRET_BODY_MAX, _PROBE_LIMIT_S)
+        check_secret_size(len(answer.body), limit)
+    except (OSError, ValueError, ImportError, WireError) as error:
+        return describe(error)
+    return "" if 200 <= answer.status <= 299 else f"HTTP {answer.status}"
+
+
+def has_route(ip: str) -> bool:
+    """Whether this machine knows a way to an address; nothing is sent."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.connect((ip, DC_PORT))
+    except OSError:
+        return False
+    return True
 
 
 def probe_mask(settings: Settings) -> Sequence[Finding]:

@@ -1,12 +1,13 @@
 """Room check: what a configuration says by itself, and the probes run side by side; the rest is in journeys/test_check_command.py."""
 from __future__ import annotations
 
+import datetime
 import threading
 
 import pytest
 
 from cases import settings_of
-from telemt import Draws, Finding, draw_finding, look_at_config, network_probes, parse_document, parse_settings, run_probes
+from telemt import Draws, Finding, compare_clocks, draw_finding, look_at_config, network_probes, parse_document, parse_settings, run_probes
 
 HEALTHY = '[access.users]\nalice = "0123456789abcdef0123456789abcdef"\n[general]\nuse_middle_proxy = false\n'
 
@@ -60,4 +61,20 @@ def test_probes_keep_their_order_and_a_late_one_is_a_finding(monkeypatch: pytest
 
 def test_a_unix_mask_or_none_asks_nobody() -> None:
     assert set(network_probes(settings_of("[censorship]\nmask = false\n"))) == {"core.telegram.org"}
-    assert "mask host" in network_probes(settings_of(""))
+    assert {"mask host", "clock of the mask host"} < set(network_probes(settings_of("")))
+
+
+def test_the_middle_end_is_asked_for_only_where_it_is_wanted_and_directly() -> None:
+    assert "middle end" in network_probes(settings_of("[general]\nuse_middle_proxy = true\n"))
+    assert "middle end" not in network_probes(settings_of("[general]\nuse_middle_proxy = false\n"))
+    socks = '[general]\nuse_middle_proxy = true\n[[upstreams]]\ntype = "socks5"\naddress = "127.0.0.1:1080"\n'
+    assert "middle end" not in network_probes(settings_of(socks))
+
+
+@pytest.mark.parametrize(("date", "text"), [
+    ("Tue, 15 Nov 1994 08:12:31 GMT", ""), ("Tue, 15 Nov 1994 08:12:01 GMT", ""), ("Tue, 15 Nov 1994 08:13:02 GMT", "31 s behind"),
+    ("Tue, 15 Nov 1994 08:11:00 GMT", "91 s ahead of"), ("", ""), ("yesterday", "")])
+def test_clocks(date: str, text: str) -> None:
+    now = datetime.datetime(1994, 11, 15, 8, 12, 31, tzinfo=datetime.UTC).timestamp()
+    found = compare_clocks("mask.example", date, now)
+    assert [text in finding.what for finding in found] == [True] * bool(text)

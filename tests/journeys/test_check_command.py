@@ -1,12 +1,16 @@
 """`telemt.py check`: one deliberately broken configuration per finding, and a healthy one without any."""
 from __future__ import annotations
 
+import email.utils
 import json
 import os
 import resource
 import socket
+import ssl
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import pytest
 import tomli_w
 
 from doubles import PROGRAM, Rig, clean_env, free_port, merged, run_program
+from sites import Host, make_certificate, says
 
 SECRET = "0123456789abcdef0123456789abcdef"
 PAST = "2020-01-01T00:00:00Z"
@@ -121,12 +126,73 @@ def test_a_directory_that_the_api_cannot_write(tmp_path: Path) -> None:
 
 # -- with the network: everything on loopback
 
-def online(tmp_path: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Problems around the mask host; the clock server is not to be had here and costs nothing."""
+def online(tmp_path: Path, config: dict[str, Any], about: str = "censorship", **env: str) -> list[dict[str, Any]]:
+    """Problems whose key begins with `about`; the public clock server is not to be had here and costs nothing."""
     path = tmp_path / "config.toml"
     path.write_text(tomli_w.dumps(config))
-    done = run_program("check", str(path), "--json", cwd=tmp_path, timeout=30)
-    return [row for row in json.loads(done.stdout)["findings"] if row["problem"] and row["key"].startswith("censorship")]
+    done = run_program("check", str(path), "--json", cwd=tmp_path, timeout=30, env=env)
+    return [row for row in json.loads(done.stdout)["findings"] if row["problem"] and row["key"].startswith(about)]
+
+
+class MaskHost(Host):
+    """A TLS 1.3 server whose clock is `off_s` ahead."""
+
+    def __init__(self, folder: Path, names: Sequence[str], off_s: float = 0.0) -> None:
+        self.certificate, private = make_certificate(folder, names=names)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate, private)
+        self.off_s = off_s
+
+        def serve(sock: socket.socket) -> None:
+            with context.wrap_socket(sock, server_side=True) as tls:
+                if tls.recv(4096).startswith(b"HEAD / HTTP/1.1\r\n"):
+                    date = email.utils.formatdate(time.time() + off_s, usegmt=True)
+                    tls.sendall(f"HTTP/1.1 200 OK\r\nDate: {date}\r\nContent-Length: 5\r\n\r\n".encode())
+        super().__init__(serve)
+
+
+def masked_by(host: MaskHost, tmp_path: Path, domain: str) -> dict[str, Any]:
+    config = healthy(tmp_path)
+    config["censorship"] |= {"tls_domain": domain, "mask_host": "127.0.0.1", "mask_port": host.port}
+    return config
+
+
+def test_certificate_of_the_mask_host(tmp_path: Path) -> None:
+    """Valid for one name and not for the other; unknown authorities are told apart."""
+    with MaskHost(tmp_path, ["www.example.com"]) as host:
+        fitting, other = (masked_by(host, tmp_path, domain) for domain in ("www.example.com", "www.example.org"))
+        trusted = str(host.certificate)
+        assert online(tmp_path, fitting, SSL_CERT_FILE=trusted) == []
+        problems = online(tmp_path, other, SSL_CERT_FILE=trusted)
+        assert [row["key"] for row in problems] == ["censorship.tls_domain"]
+        assert "certificate not valid: Hostname mismatch" in problems[0]["what"] and "www.example.org" in problems[0]["what"]
+        strangers = online(tmp_path, fitting, SSL_CERT_FILE=os.devnull)
+        assert "certificate not valid: self-signed certificate" in strangers[0]["what"]
+
+
+@pytest.mark.parametrize(("off_s", "text"), [(0, ""), (300, "30"), (-7200, "s ahead of that of 127.0.0.1")])
+def test_clock_of_the_mask_host(tmp_path: Path, off_s: float, text: str) -> None:
+    with MaskHost(tmp_path, ["www.example.com"], off_s) as host:
+        found = online(tmp_path, masked_by(host, tmp_path, "www.example.com"), "process")
+    clocks = [row["what"] for row in found if "the clock is" in row["what"]]
+    assert len(clocks) == bool(text) and all(text in what for what in clocks)
+
+
+def test_without_a_secret_the_middle_end_stays_away(tmp_path: Path) -> None:
+    """config.md 6.5, the last row: a secret on disk, one that a server has, a server that has none."""
+    config = merged(healthy(tmp_path), {"general": {"use_middle_proxy": True, "proxy_secret_path": str(tmp_path / "proxy-secret")}})
+    config["censorship"] |= {"mask": False}
+    with Host(says(b"HTTP/1.1 503 Busy\r\nContent-Length: 40\r\n\r\n" + b"x" * 40, hang_up=True)) as busy:
+        config["general"]["proxy_secret_url"] = f"http://127.0.0.1:{busy.port}/secret"
+        problems = online(tmp_path, config, "general")
+    assert [row["key"] for row in problems] == ["general.proxy_secret_path"]
+    assert "none to be had: HTTP 503" in problems[0]["what"] and "keep the middle end unusable" in problems[0]["why"]
+    with Host(says(b"HTTP/1.1 200 OK\r\nContent-Length: 128\r\n\r\n" + b"x" * 128, hang_up=True)) as good:
+        config["general"]["proxy_secret_url"] = f"http://127.0.0.1:{good.port}/secret"
+        assert online(tmp_path, config, "general") == []
+    assert "Connection refused" in online(tmp_path, config, "general")[0]["what"]
+    (tmp_path / "proxy-secret").write_bytes(b"x" * 128)
+    assert online(tmp_path, config, "general") == []
 
 
 def test_mask_host_that_is_this_proxy(tmp_path: Path) -> None:

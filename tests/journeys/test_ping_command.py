@@ -9,11 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 
 from doubles import PROGRAM, USERS, BlackHole, Rig, run_program
+from programs import Nginx, needs
 
 DOMAIN = "www.example.com"
 LATE = """import runpy, sys, time
@@ -116,6 +117,18 @@ def test_what_answers_is_named(rig: Rig, answer: bytes, mode: str, text: str) ->
     with server(answer) as port:
         done = run_program("ping", link(port, mode), "--dc", "2", cwd=rig.folder, timeout=60)
     assert done.returncode == 1 and text in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("mode", ["ee", "dd", "classic"])
+def test_a_real_nginx_is_called_a_web_server(rig: Rig, mode: str) -> None:
+    """Its https port and its plain one: it is not the proxy whose link somebody typed."""
+    needs("nginx", "openssl")
+    with closing(Nginx(rig.folder / "site")) as nginx:
+        for port in (nginx.port, nginx.plain):
+            done = run_program("ping", link(port, mode), "--dc", "2", cwd=rig.folder, timeout=60)
+            # a TLS port closes on the random bytes of dd and classic without a word
+            text = "answered by a web server" if mode == "ee" or port == nginx.plain else "a web server with TLS also closes so"
+            assert done.returncode == 1 and text in done.stdout, (port == nginx.plain, done.stdout)
 
 
 def test_closed_port_and_black_hole(rig: Rig) -> None:
