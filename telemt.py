@@ -15400,8 +15400,7 @@ def probe_mask_clock(settings: Settings) -> Sequence[Finding]:
         ip = _look_up(host, port, settings.network.dns_overrides)[0]
         if port == settings.server.port and is_local_ip(ip):
             return []                          # it is ourselves
-        with (socket.create_connection((ip, port), _PROBE_LIMIT_S) as sock,
-              context.wrap_socket(sock, server_hostname=cert.tls_domain) as tls):
+        with _connect(ip, port) as sock, context.wrap_socket(sock, server_hostname=cert.tls_domain) as tls:
             connection = http.client.HTTPConnection(cert.tls_domain, port)
             connection.sock = tls
             connection.request("HEAD", "/", headers={"User-Agent": "curl/8"})
@@ -15428,7 +15427,7 @@ def probe_middle(settings: Settings) -> Sequence[Finding]:
     why = secret_trouble(general)
     if why:
         found.append(Finding("general.proxy_secret_path", f"no proxy-secret at {general.proxy_secret_path} and none to be had: {why}",
-                             _NO_MIDDLE, f"let this machine reach {general.proxy_secret_url or SECRET_URL}, or put the file there yourself"))
+                             _NO_MIDDLE, f"let this machine reach {general.proxy_secret_url or SECRET_URL}, or put the file there"))
     return found
 
 
@@ -15495,13 +15494,23 @@ def _look_up(host: str, port: int, overrides: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(str(row[4][0]) for row in socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)))
 
 
+def _connect(ip: str, port: int) -> socket.socket:
+    """A connected socket with the time limit of probes.  Blocks; raises OSError."""
+    sock = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
+    try:
+        sock.settimeout(_PROBE_LIMIT_S)
+        sock.connect((ip, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
 def _certificate_trouble(domain: str, ip: str, port: int) -> str:
     """What is wrong with the TLS that a server offers for `domain`; empty if nothing is.  Blocks; raises OSError without a connection."""
     import ssl
     context = ssl.create_default_context()
-    with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET) as sock:
-        sock.settimeout(_PROBE_LIMIT_S)
-        sock.connect((ip, port))
+    with _connect(ip, port) as sock:
         try:
             with context.wrap_socket(sock, server_hostname=domain) as tls:
                 return "" if tls.version() == "TLSv1.3" else f"speaks {tls.version()} only"

@@ -126,8 +126,8 @@ def test_a_real_nginx_is_called_a_web_server(rig: Rig, mode: str) -> None:
     with closing(Nginx(rig.folder / "site")) as nginx:
         for port in (nginx.port, nginx.plain):
             done = run_program("ping", link(port, mode), "--dc", "2", cwd=rig.folder, timeout=60)
-            # a TLS port closes on the random bytes of dd and classic without a word
-            text = "answered by a web server" if mode == "ee" or port == nginx.plain else "a web server with TLS also closes so"
+            # what a TLS port makes of the random bytes of dd and classic is chance: error 400, or it closes without a word
+            text = "answered by a web server" if mode == "ee" or port == nginx.plain else "web server"
             assert done.returncode == 1 and text in done.stdout, (port == nginx.plain, done.stdout)
 
 
