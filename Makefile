@@ -68,7 +68,7 @@ fuzz: $(STAMP) ## mutate the input of every parser, RUNS=100000 times each; ARGS
 bench: $(STAMP) ## measure against bare loops and write docs/performance.md; QUICK=1 ends in two minutes and writes nothing
 	"$(PY)" tools/bench.py $(if $(QUICK),--quick,--write) $(ARGS)
 	"$(PY)" tools/bench_middle.py $(if $(QUICK),--quick,--write)
-	"$(PY)" tools/bench_api.py $(if $(QUICK),--rounds 3 --seconds 1,--write)
+	"$(PY)" tools/bench_api.py $(if $(QUICK),--rounds 2 --seconds 1,--write)
 	"$(PY)" tools/bench_strangers.py $(if $(QUICK),--quick,--write)
 
 docs: ## write docs/configuration.md and docs/api.md from the tables in the code; ARGS=--check only compares

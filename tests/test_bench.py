@@ -114,8 +114,11 @@ def test_write_fills_the_document(tmp_path):
 # -- polling -----------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("ratios", "shown"), [([0.9, 0.99, 1.01], "0.990 |"), ([0.9, 0.96, 1.01], "**0.960 (missed)** |")])
-def test_the_cost_of_polling_is_the_median_of_the_rounds(ratios, shown):
-    text = bench_api.report(bench_api.Run(1000.0, 0.3), bench_api.Run(990.0, 0.306), ratios)
-    lines = text.splitlines()
-    assert lines[2].endswith(shown) and lines[3].endswith("0.300 s/GB | 0.306 s/GB | 1.020 |")
+def test_the_cost_of_watching_is_the_median_of_the_rounds(ratios, shown):
+    """Every round is compared with the quiet run of the same round; the control has no target."""
+    quiet = [bench_api.Run(speed, 0.3) for speed in (1000.0, 500.0, 2000.0)]
+    watched = [bench_api.Run(run.mb_per_s * ratio, 0.306) for run, ratio in zip(quiet, ratios, strict=True)]
+    lines = bench_api.report({"quiet": quiet, "panel": watched, "elsewhere": watched, "watchers": quiet}).splitlines()
+    assert shown in lines[3] and lines[3].endswith("0.306 s/GB | 1.020 |")
+    assert "missed" not in lines[4] and lines[5].count(" 1.000 |") == 2
     assert len({line.count("|") for line in lines}) == 1
