@@ -22,7 +22,7 @@ SHELL   := /bin/sh
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run venv deps-test test check lint types house fuzz laws soak bench bench-check docs test-all clean
+.PHONY: help run venv deps-test test check lint types house fuzz laws soak bench bench-check docs dist test-all clean
 
 help: ## list the targets
 	@while IFS= read -r line; do \
@@ -82,6 +82,9 @@ laws: $(STAMP) ## property tests with the big hypothesis profile
 
 soak: $(STAMP) ## the long forms: 300 kills of the program and 3,000 of the store in the middle of changes
 	TELEMT_KILLS=300 TELEMT_STORE_KILLS=3000 "$(PY)" -m pytest tests/journeys/test_changes.py -k kill -o faulthandler_timeout=0 $(ARGS)
+
+dist: ## write dist/: telemt.pyz (both books in one file), the books, the source, SHA256SUMS; the same bytes everywhere
+	@python=$$($(FIND) pick "$(PYTHON)") && "$$python" -B tools/make_dist.py $(ARGS)
 
 test-all: ## the tests on every CPython 3.11-3.14 found (PATH, pyenv, uv), each in build/venv-VERSION
 	@mkdir -p build; $(FIND) all > build/pythons.txt; cat build/pythons.txt; failed=; \

@@ -70,8 +70,11 @@ def _start_afresh() -> None:
     stops = (signal.SIGINT, signal.SIGTERM)
     if script.startswith("/proc/self/fd/") and "telemt" in sys._xoptions:
         os.close(int(script.rpartition("/")[2]))
-        if not sys.flags.safe_path:            # telemt_api.py lies beside telemt.py, not in /proc
-            sys.path[0] = os.path.dirname(os.path.abspath(str(sys._xoptions["telemt"])))
+        name = os.path.realpath(str(sys._xoptions["telemt"]))  # telemt_api.py lies beside telemt.py, not in /proc or beside a link to it
+        if os.path.basename(sys._getframe(1).f_code.co_filename) == "__main__.py":
+            sys.path[:0 if sys.flags.safe_path else 1] = [name]        # telemt.pyz holds both; Python itself looks there with -I too
+        elif not sys.flags.safe_path:
+            sys.path[0] = os.path.dirname(name)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)      # what came during the change of images is heard now
         return
     flags = sys.orig_argv[1:at]
