@@ -1796,6 +1796,11 @@ class AesCtr(Protocol):
         onto.crypt(target, 0, target, 0, size)
         return target.view[:size]
 
+    def take(self, source: Region, at: int, size: int, target: Region) -> Bytes:
+        """Return source[at:at + size] through this cipher alone; it may lie in `target`.  For one small message, too."""
+        self.crypt(source, at, target, 0, size)
+        return target.view[:size]
+
 
 class AesCbc(Protocol):
     """AES-256-CBC in one direction without padding: whole blocks only; the chain is kept between calls."""
@@ -1900,6 +1905,10 @@ class _CryptographyCipher:
 
     def recrypt(self, onto: Any, source: Region, at: int, size: int, target: Region) -> Bytes:
         result: bytes = onto._context.update(self._context.update(source.view[at:at + size]))
+        return result
+
+    def take(self, source: Region, at: int, size: int, target: Region) -> Bytes:
+        result: bytes = self._context.update(source.view[at:at + size])
         return result
 
     def crypt(self, source: Region, at: int, target: Region, to: int, size: int) -> None:
@@ -2114,6 +2123,10 @@ class _EvpCipher:
         if self._update(self._context, goal, written_at, base + at, size) != 1 \
                 or onto._update(onto._context, goal, written_at, goal, size) != 1:
             raise InternalError("libcrypto: EVP update failed")
+        return target.view[:size]
+
+    def take(self, source: Region, at: int, size: int, target: Region) -> Bytes:
+        self.crypt(source, at, target, 0, size)
         return target.view[:size]
 
 
@@ -2741,6 +2754,7 @@ class Inbox:
 # Buffers grow with what arrives, never with what a length announces.
 
 _LE32: Final = struct.Struct("<I")
+_NOISE: Final = struct.Struct("4s")
 FRAME_SPARE: Final = 4                   # bytes around an answer that enclose() may overwrite, on either side
 FRAMES_AT_ONCE: Final = 256
 _EMPTY_COSTS: Final = 8                  # debt of an empty frame; a good one pays back 1 (middle-proxy-wire.md D10)
@@ -2789,34 +2803,37 @@ class Framing:
     def feed(self, data: Bytes) -> list[tuple[Bytes, bool]]:
         """Return the frames that are complete now: (payload without padding, quick ack wanted).
 
-        Payloads are views of `data` where they can be: use them before its memory changes.  After a fault `failed` is set;
+        Payloads are slices of `data`, so views if it is one: use them before its memory changes.  After a fault `failed` is set;
         the good frames before it are returned.  No more than FRAMES_AT_ONCE are: a read may hold 50,000 of five bytes, and
         others have their turn.  Then `rest` is set aside; call feed(rest) before anything else.
         """
         self.rest = b""
         found: list[tuple[Bytes, bool]] = []
-        view = memoryview(data)
-        at, end = 0, len(view)
+        at, end = 0, len(data)
         try:
             if self._kept:
-                at = self._complete(view, found)
+                at = self._complete(data, found)
             while at < end and self.failed is None:
-                head = self._head(view, at, end)
+                head = self._head(data, at, end)
                 if head is None or head[0] + head[1] > end:
-                    self._keep(view[at:], head)
+                    self._keep(data[at:], head)
                     break
                 start, length, quick = head
-                self._accept(view[start:start + (length & -4)], length, quick, found)
                 at = start + length
+                if length and not self._debt:          # _accept() in line: what every message is
+                    found.append((data[start:start + (length & -4)], quick))
+                    self.frames += 1
+                else:
+                    self._accept(data[start:start + (length & -4)], length, quick, found)
                 if len(found) == FRAMES_AT_ONCE:
-                    self.rest = bytes(view[at:])
+                    self.rest = bytes(data[at:])
                     break
         except FrameError as error:
             self.failed = error
             self._kept.clear()
         return found
 
-    def _complete(self, view: memoryview, found: list[tuple[Bytes, bool]]) -> int:
+    def _complete(self, view: Bytes, found: list[tuple[Bytes, bool]]) -> int:
         """Take what the kept frame lacks and return where the next one begins."""
         at, end, kept = 0, len(view), self._kept
         while at < end:
@@ -2836,14 +2853,14 @@ class Framing:
                 break
         return at
 
-    def _keep(self, rest: memoryview, head: tuple[int, int, bool] | None) -> None:
+    def _keep(self, rest: Bytes, head: tuple[int, int, bool] | None) -> None:
         self._kept += rest
         self._need = 0
         if head is not None:
             length = head[1]
             self._need = self._field_size(rest[0]) + length
 
-    def _accept(self, payload: memoryview, length: int, quick: bool, found: list[tuple[Bytes, bool]]) -> None:
+    def _accept(self, payload: Bytes, length: int, quick: bool, found: list[tuple[Bytes, bool]]) -> None:
         if length:
             found.append((payload, quick))
             self.frames += 1
@@ -2858,7 +2875,7 @@ class Framing:
         """Bytes of a length field that begins with `first`."""
         return 4
 
-    def _head(self, view: memoryview, at: int, end: int) -> tuple[int, int, bool] | None:
+    def _head(self, view: Bytes, at: int, end: int) -> tuple[int, int, bool] | None:
         """Return (start of the body, its length, quick ack wanted), or None while the length field is incomplete."""
         if end - at < 4:
             return None
@@ -2899,7 +2916,7 @@ class Abridged(Framing):
     def _field_size(self, first: int) -> int:
         return 4 if first & 0x7F == _ABRIDGED_LONG else 1
 
-    def _head(self, view: memoryview, at: int, end: int) -> tuple[int, int, bool] | None:
+    def _head(self, view: Bytes, at: int, end: int) -> tuple[int, int, bool] | None:
         first = view[at]
         words, start = first & 0x7F, at + 1
         if words == _ABRIDGED_LONG:
@@ -2941,7 +2958,7 @@ class Intermediate(Framing):
     __slots__ = ()
     name = "intermediate"
 
-    def _head(self, view: memoryview, at: int, end: int) -> tuple[int, int, bool] | None:
+    def _head(self, view: Bytes, at: int, end: int) -> tuple[int, int, bool] | None:
         head = super()._head(view, at, end)
         if head is not None and head[1] & 3:
             raise FrameError("misaligned", f"Frame misaligned: {head[1]}", head[1], bytes(view[at:at + 4]))
@@ -2955,13 +2972,13 @@ class Secure(Framing):
     name = "secure"
 
     def enclose(self, view: memoryview, at: int, size: int, noise: Bytes) -> tuple[int, int]:
-        """One to three bytes of padding, uniformly: of noise[0], all but one value in 256 are used."""
+        """One to three bytes of padding; the fourth byte of `noise` says how many."""
         if size & 3:
             raise FrameError("misaligned", f"Secure payload must be 4-byte aligned, got {size}", size)
-        tail = noise[0] % 3 + 1
-        view[at + size:at + size + tail] = noise[1:1 + tail]
-        _LE32.pack_into(view, at - 4, size + tail)
-        return at - 4, size + tail + 4
+        _NOISE.pack_into(view, at + size, noise)       # all four: FRAME_SPARE are ours
+        size += noise[3] % 3 + 1
+        _LE32.pack_into(view, at - 4, size)
+        return at - 4, size + 4
 
 
 # == 6. obfuscated ===========================================================
@@ -4023,6 +4040,7 @@ _CONN: Final = struct.Struct("<IQ")
 _MAPPED_V4: Final = bytes(10) + b"\xff\xff"
 
 Checksum: TypeAlias = "Callable[[Bytes, int], int]"      # data, value so far
+Message: TypeAlias = "tuple[bytes, bytes]"               # payload of a frame in two halves: joining them would copy what a client sent
 
 
 class RpcError(WireError):
@@ -4059,23 +4077,24 @@ class FrameWriter:
     def __init__(self, seq: int = -2, checksum: Checksum = zlib.crc32) -> None:
         self.seq, self.checksum = seq, checksum
 
-    def add(self, out: list[Bytes], head: bytes, body: Bytes = b"") -> int:
-        """Append the frame with payload head + body to `out`; return its size."""
-        size = len(head) + len(body) + RPC_FRAME_MIN
-        front = _FRAME_HEAD.pack(size, self.seq) + head
-        self.seq = self.seq + 1 if self.seq != 0x7FFF_FFFF else -0x8000_0000
-        checksum = self.checksum(front, 0)
-        out.append(front)
-        if body:
-            checksum = self.checksum(body, checksum)
-            out.append(body)
-        out.append(_LE32.pack(checksum))
-        return size
+    def add(self, out: list[bytes], queue: collections.deque[Message], room: int) -> int:
+        """Move messages from `queue` to `out`, as frames, until they fill `room` bytes; return the bytes that were added."""
+        checksum, pack, pack_sum, take = self.checksum, _FRAME_HEAD.pack, _LE32.pack, queue.popleft
+        seq, added = self.seq, 0
+        while queue and added < room:
+            head, body = take()
+            size = len(head) + len(body) + RPC_FRAME_MIN
+            front = pack(size, seq) + head
+            seq = seq + 1 if seq != 0x7FFF_FFFF else -0x8000_0000
+            out += (front, body, pack_sum(checksum(body, checksum(front, 0))))
+            added += size
+        self.seq = seq
+        return added
 
     def frame(self, payload: bytes) -> bytes:
         """One frame, without padding."""
-        out: list[Bytes] = []
-        self.add(out, payload)
+        out: list[bytes] = []
+        self.add(out, collections.deque([(payload, b"")]), RPC_FRAME_MAX)
         return b"".join(out)
 
 
@@ -4374,21 +4393,21 @@ def _address(ip: str, port: int) -> bytes:
 class RequestHead:
     """What stands in front of every message of one session: made once, two flags apart."""
 
-    __slots__ = ("_flags", "_rest")
+    __slots__ = ("_flags", "_usual")
 
     def __init__(self, framing: str, conn_id: int, client: tuple[str, int], ours: tuple[str, int], ad_tag: bytes | None) -> None:
         self._flags = FLAGS_OF[framing] | (FLAG_TAG if ad_tag is not None else 0)
         extra = b"" if ad_tag is None else _AD_TAG + ad_tag + bytes(3)
-        self._rest = conn_id.to_bytes(8, "little") + _address(*client) + _address(*ours) + extra
+        self._usual = b"".join((_TWO_WORDS.pack(RPC_PROXY_REQ, self._flags), conn_id.to_bytes(8, "little"), _address(*client),
+                                _address(*ours), extra))
 
-    def build(self, data: Bytes, quick_ack: bool) -> bytes:
+    def build(self, data: bytes, quick_ack: bool) -> bytes:
         """The RPC_PROXY_REQ up to where `data` follows."""
-        flags = self._flags
-        if quick_ack:
-            flags |= FLAG_QUICK_ACK
-        if data[:8] == _NO_KEY:
-            flags |= FLAG_PLAIN
-        return _TWO_WORDS.pack(RPC_PROXY_REQ, flags) + self._rest
+        plain = data.startswith(_NO_KEY)
+        if not plain and not quick_ack:
+            return self._usual
+        flags = self._flags | (FLAG_QUICK_ACK if quick_ack else 0) | (FLAG_PLAIN if plain else 0)
+        return _TWO_WORDS.pack(RPC_PROXY_REQ, flags) + self._usual[_TWO_WORDS.size:]
 
 
 def build_close(conn_id: int) -> bytes:
@@ -7708,6 +7727,8 @@ class UnwrapFlow(Flow):
 _INLET_LEVEL: Final = 2                        # 256 KiB: beyond it the caches lose more than the system calls win
 _OUTLET_CAPACITY: Final = _WRAP_RECORDS[-1] * RECORD_OUT_MAX
 _CHUNK: Final = 65_536                         # small answers that wait are joined up to this size
+_RECORD_HEAD: Final = struct.Struct(">BHH")
+_CHAT_MAX: Final = 2048                        # one message alone, up to which a copy costs less than doing without
 
 
 class Inlet:
@@ -7719,7 +7740,7 @@ class Inlet:
         self.arena, self.source, self.records, self.cipher = arena, source, records, cipher
         self.level = 0
 
-    def run(self) -> memoryview | None:
+    def run(self) -> Bytes | None:
         """Return what one read brought, until the next one valid; empty at the end, None when there was nothing.
 
         Raises OSError, and WireError for an end inside a record.  records.closed and records.failed are the caller's to ask.
@@ -7744,6 +7765,8 @@ class Inlet:
         if records is None:
             self.cipher.crypt(source, 0, source, 0, size)
             return source.view[:size]
+        if size <= _CHAT_MAX and unread is None and records.is_one_record(source.view, size):
+            return self.cipher.take(source, RECORD_HEADER, size - RECORD_HEADER, self.arena.output)
         spans = records.spans(source.view, size)
         if unread is not None:
             unread.pass_by(records.seen)
@@ -7768,41 +7791,36 @@ class Inlet:
 class Outlet:
     """What a client is told: pieces of a region, encrypted where they go, written together, kept while the client is slow.
 
-    add() names pieces, run() sends them in that order.  `pending` bytes of `waiting` messages are kept.
+    `pieces` collects the (start, size) of messages in a region, run() sends them.  `pending` bytes of `waiting` messages are kept.
     """
 
-    __slots__ = ("arena", "sink", "cipher", "tls", "pending", "waiting", "sent", "_pieces", "_size", "_chunks", "_at")
+    __slots__ = ("arena", "sink", "cipher", "tls", "pieces", "pending", "waiting", "sent", "_chunks", "_at")
 
     def __init__(self, arena: Arena, sink: Stream, cipher: AesCtr, tls: bool) -> None:
         self.arena, self.sink, self.cipher, self.tls = arena, sink, cipher, tls
         self.pending = 0
         self.waiting = 0
         self.sent = 0                          # bytes the client took, ever
-        self._pieces: list[tuple[int, int]] = []
-        self._size = 0
+        self.pieces: list[tuple[int, int]] = []
         self._chunks: collections.deque[tuple[bytearray | memoryview, list[int]]] = collections.deque()    # with the number of messages
         self._at = 0                           # bytes of the first chunk that are sent
 
-    def add(self, at: int, size: int) -> None:
-        """region[at:at + size] of the next run() is one message."""
-        self._pieces.append((at, size))
-        self._size += size
-
     def run(self, region: Region) -> None:
-        """Send what was added.  Raises OSError."""
-        pieces, size = self._pieces, self._size
-        if not pieces:
-            return
-        self._pieces, self._size = [], 0
-        if not self.tls:
-            self._run_plain(region, pieces)
-        elif len(pieces) == 1 and size <= RECORD_OUT_MAX:
-            self.arena.scatter(1)
-            records = self.arena.records
-            self.cipher.crypt(region, pieces[0][0], records, RECORD_HEADER, size)
-            self._push_records(size, 1)
-        else:
-            self._run_records(region, pieces, size)
+        """Send what was collected.  Raises OSError."""
+        pieces = self.pieces
+        if len(pieces) == 1:
+            at, size = pieces[0]
+            if size <= _CHAT_MAX:
+                data = self.cipher.take(region, at, size, self.arena.output)
+                pieces.clear()
+                self._push(_RECORD_HEAD.pack(0x17, 0x0303, size) + data if self.tls else data, 1)
+                return
+        if pieces:
+            self.pieces = []
+            if self.tls:
+                self._run_records(region, pieces)
+            else:
+                self._run_plain(region, pieces)
 
     def _run_plain(self, region: Region, pieces: list[tuple[int, int]]) -> None:
         target, crypt, to = self.arena.output, self.cipher.crypt, 0
@@ -7816,8 +7834,9 @@ class Outlet:
                     to = 0
         self._push(target.view[:to], len(pieces))
 
-    def _run_records(self, region: Region, pieces: list[tuple[int, int]], total: int) -> None:
+    def _run_records(self, region: Region, pieces: list[tuple[int, int]]) -> None:
         """Fill as few records as possible; a piece that meets the end of one goes on in the next."""
+        total = sum([size for _, size in pieces])
         arena, target, crypt = self.arena, self.arena.records, self.cipher.crypt
         arena.scatter(_WRAP_RECORDS[min(bisect.bisect_left(_WRAP_RECORDS, -(-total // RECORD_OUT_MAX)), _BULK)])
         done, room, to = 0, RECORD_OUT_MAX, RECORD_HEADER
@@ -7847,7 +7866,7 @@ class Outlet:
         finally:
             _LENGTH.pack_into(view, at + 3, RECORD_OUT_MAX)
 
-    def _push(self, data: memoryview, messages: int) -> None:
+    def _push(self, data: Bytes, messages: int) -> None:
         sent = 0
         if not self._chunks:
             try:
@@ -7864,7 +7883,7 @@ class Outlet:
             chunk += data
             count[0] += messages
         else:
-            self._chunks.append((bytearray(data[sent:]) if left < _CHUNK else set_aside(data[sent:]), [messages]))
+            self._chunks.append((bytearray(data[sent:]) if left < _CHUNK else set_aside(memoryview(data)[sent:]), [messages]))
         self.pending += left
         self.waiting += messages
         self.arena.queued += left
@@ -7895,7 +7914,7 @@ class Outlet:
         self.arena.queued -= self.pending
         self.pending = self.waiting = 0
         self._chunks.clear()
-        self._pieces.clear()
+        self.pieces.clear()
 
 
 # -- connecting and listening
@@ -10173,15 +10192,16 @@ class LinkIn:
 class LinkOut:
     """The sending half of a link.  push() queues; once a turn everything queued is numbered, padded and encrypted together."""
 
-    __slots__ = ("stream", "queued", "writer", "encryptor", "_urgent", "_queue", "_unsent", "_at", "_due")
+    __slots__ = ("stream", "queued", "writer", "encryptor", "_on_due", "_urgent", "_queue", "_unsent", "_at", "_due")
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, on_due: Callable[[], None]) -> None:
         self.stream = stream
+        self._on_due = on_due                  # called at the end of a turn that queued something: it calls flush(), handles OSError
         self.queued = 0                        # bytes that the socket has not taken, serialised or not
         self.writer = FrameWriter(0)
         self.encryptor: AesCbc | None = None
-        self._urgent: list[bytes] = []         # PING and PONG overtake what is not serialised yet (D16)
-        self._queue: collections.deque[tuple[bytes, bytes]] = collections.deque()      # head and body of payloads
+        self._urgent = collections.deque[Message]()    # PING and PONG overtake what is not serialised yet (D16)
+        self._queue = collections.deque[Message]()
         self._unsent = b""
         self._at = 0                           # bytes of _unsent that the socket took
         self._due = False                      # a flush is under way: deferred, or the socket is waited for
@@ -10198,21 +10218,22 @@ class LinkOut:
         self.queued += len(data)
         self.flush()
 
-    def push(self, head: bytes, body: Bytes, flush: Callable[[], None]) -> None:
-        """Queue one payload.  `flush` is called at the end of the turn: the link's method that calls ours and handles OSError."""
-        self._queue.append((head, bytes(body)))
-        self.queued += len(head) + len(body)
+    def push(self, head: bytes, body: bytes) -> int:
+        """Queue one message; return the bytes that wait now."""
+        self._queue.append((head, body))
+        self.queued = queued = self.queued + len(head) + len(body)
         if not self._due:
             self._due = True
-            self.stream.loop.defer(flush)
+            self.stream.loop.defer(self._on_due)
+        return queued
 
-    def push_urgent(self, payload: bytes, flush: Callable[[], None]) -> None:
+    def push_urgent(self, payload: bytes) -> None:
         """Queue a PING or PONG."""
-        self._urgent.append(payload)
+        self._urgent.append((payload, b""))
         self.queued += len(payload)
         if not self._due:
             self._due = True
-            self.stream.loop.defer(flush)
+            self.stream.loop.defer(self._on_due)
 
     def flush(self) -> bool:
         """Serialise and send; True when nothing is left.  Raises OSError."""
@@ -10234,21 +10255,15 @@ class LinkOut:
             self._serialise()
 
     def _serialise(self) -> None:
-        out: list[Bytes] = []
-        add, queue = self.writer.add, self._queue
-        size = taken = 0
-        for payload in self._urgent:
-            size += add(out, payload)
-            taken += len(payload)
-        self._urgent.clear()
-        while queue and size < _AHEAD:
-            head, body = queue.popleft()
-            size += add(out, head, body)
-            taken += len(head) + len(body)
+        out: list[bytes] = []
+        waiting = len(self._urgent) + len(self._queue)
+        size = self.writer.add(out, self._urgent, _AHEAD)
+        size += self.writer.add(out, self._queue, _AHEAD - size)
         out.append(padding(size))
         assert self.encryptor is not None
         self._unsent = self.encryptor.update(b"".join(out))
-        self.queued += len(self._unsent) - taken
+        frames = waiting - len(self._urgent) - len(self._queue)
+        self.queued += len(self._unsent) - size + frames * RPC_FRAME_MIN       # what waited had no frames around it
 
 
 class Heart:
@@ -10361,7 +10376,7 @@ class MeLink:
         self.stream = stream = result.stream
         self.pool.notes.first.connected(self.id, self.pool.loop.now)
         tune_link(stream.sock)
-        self.out = LinkOut(stream)
+        self.out = LinkOut(stream, self.flush)
         try:
             ends = self.pool.choose_ends(self.endpoint, result)
             self.shake = LinkHandshake(self.pool.origin, self.pool.secret, ends, int(time.time()))
@@ -10479,13 +10494,9 @@ class MeLink:
         if conn_id not in self.told and not self.holding:      # somebody who does not read need not be told
             self.push_close(conn_id)
 
-    def push(self, head: bytes, body: Bytes = b"") -> None:
+    def push(self, head: bytes, body: bytes = b"") -> None:
         """Queue one payload for this turn's write."""
-        out = self.out
-        if out is None:
-            return
-        out.push(head, body, self.flush)
-        if out.queued > LINK_HIGH and not self.holding:
+        if self.out is not None and self.out.push(head, body) > LINK_HIGH and not self.holding:
             self.pool.hold(self, True)
 
     def push_close(self, conn_id: int) -> None:
@@ -10500,7 +10511,7 @@ class MeLink:
             return
         if out.queued > LINK_LIMIT:
             raise RpcError("length", "the middle end does not read what it asks for")
-        out.push_urgent(payload, self.flush)
+        out.push_urgent(payload)
 
     def flush(self) -> None:
         """Write what is queued; the end of a turn, or the socket is writable again."""
@@ -12525,6 +12536,13 @@ class RelayStage(enum.Enum):
     ENDED = "ended"
 
 
+# Members by names of their own: looking one up in its class takes 0.06 us, and every message asks five times.
+_OPEN: Final = RelayStage.OPEN
+_FLUSHING: Final = RelayStage.FLUSHING
+_LINGERING: Final = RelayStage.LINGERING
+_ENDED: Final = RelayStage.ENDED
+
+
 class Noise:
     """Random bytes for padding, drawn from the system 4 KiB at a time."""
 
@@ -12632,8 +12650,10 @@ class Seat:
 
     def send(self, payload: Bytes, quick_ack: bool) -> None:
         """One message of the client; copied."""
-        if self.link is not None:
-            self.link.push(self._head.build(payload, quick_ack), payload)
+        link = self.link
+        if link is not None:
+            body = bytes(payload)
+            link.push(self._head.build(body, quick_ack), body)
 
     def leave(self, session: Bound) -> None:
         """Say goodbye, behind everything that was sent; may be called twice."""
@@ -12655,7 +12675,7 @@ class MiddleRelay:
         self.inlet, self.framing, self.outlet, self.seat = inlet, framing, outlet, seat
         self.octets_up = self.octets_down = 0  # messages without their framing
         self.last_at = self.started_at = host.loop.now
-        self.stage = RelayStage.OPEN
+        self.stage = _OPEN
         self.alarm: Timer | None = None        # a full queue, or the end of a stage
 
     @property
@@ -12678,7 +12698,7 @@ class MiddleRelay:
         self.client.watch(READ, self.on_client)
         link.bind(self, meta)
         if early:
-            self._take(memoryview(early))
+            self._take(early)
 
     # -- the client's socket
 
@@ -12688,8 +12708,8 @@ class MiddleRelay:
         try:
             if wanted & WRITE and mask & ~READ:
                 self._flush()
-            if mask & ~WRITE and self.stage is not RelayStage.ENDED:
-                if self.stage is not RelayStage.OPEN:
+            if mask & ~WRITE and self.stage is not _ENDED:
+                if self.stage is not _OPEN:
                     if not self.inlet.discard():
                         self.close(None)
                 elif wanted & READ:
@@ -12706,13 +12726,13 @@ class MiddleRelay:
                 self.close(_GONE_CLIENT if self.framing.inside_frame else None)
                 return
             self._take(data)
-        if records is not None and self.stage is RelayStage.OPEN:
+        if records is not None and self.stage is _OPEN:
             if records.failed is not None:
                 self.close(records.failed)
             elif records.closed:
                 self.close(None)
 
-    def _take(self, data: memoryview) -> None:
+    def _take(self, data: Bytes) -> None:
         """Pass on the messages that are complete."""
         self.last_at = self.host.loop.now
         frames, send = self.framing.feed(data), self.seat.send
@@ -12731,16 +12751,16 @@ class MiddleRelay:
                 user.stats.msgs_from_client += messages
             if user.used >= user.mark and self.host.quota_reached(user):
                 self._over_quota()
-        if self.framing.failed is not None and self.stage is RelayStage.OPEN:
+        if self.framing.failed is not None and self.stage is _OPEN:
             self.close(self.host.desyncs.judge(self, self.framing.failed))
-        elif self.framing.rest and self.stage is RelayStage.OPEN:
+        elif self.framing.rest and self.stage is _OPEN:
             self.pace()
             self.host.loop.defer(self._take_rest)
 
     def _take_rest(self) -> None:
         """Go on with a read that held very many messages."""
-        if self.stage is RelayStage.OPEN:
-            self._take(memoryview(self.framing.rest))
+        if self.stage is _OPEN:
+            self._take(self.framing.rest)
             if not self.framing.rest:
                 self.pace()
 
@@ -12752,21 +12772,21 @@ class MiddleRelay:
 
     def pace(self) -> None:
         """Read the client, or not for now: its last read is not done with, or its link has too much unsent."""
-        if self.stage is RelayStage.OPEN:
+        if self.stage is _OPEN:
             link = self.seat.link
             mask = 0 if self.framing.rest else HANGUP if link is not None and link.holding else READ
             self.client.want(mask | self.client.mask & WRITE)
 
     def on_answer(self, region: Region, at: int, size: int) -> None:
         """Data for the client; it is framed where it lies."""
-        if self.stage is not RelayStage.OPEN:
+        if self.stage is not _OPEN:
             return
         try:
-            self.outlet.add(*self.framing.enclose(region.view, at, size, _noise.take()))
+            self.outlet.pieces.append(self.framing.enclose(region.view, at, size, _noise.take()))
         except FrameError as error:
             log_relay.warn("Answer of the middle end cannot be framed: %s", error, user=self.user.name, conn_id=self.conn_id)
             self.seat.leave(self)
-            self.stage = RelayStage.FLUSHING   # what came before it is sent at the end of this read
+            self.stage = _FLUSHING   # what came before it is sent at the end of this read
             return
         self.octets_down += size
         user = self.user
@@ -12778,12 +12798,12 @@ class MiddleRelay:
     def on_ack(self, region: Region, at: int) -> None:
         """A quick-ack token for the client."""
         self.framing.ack(region.view, at)
-        self.outlet.add(at, 4)
+        self.outlet.pieces.append((at, 4))
 
     def on_run_end(self, region: Region) -> None:
         """Write everything that one read of the link brought."""
         outlet, user = self.outlet, self.user
-        if self.stage is RelayStage.ENDED:
+        if self.stage is _ENDED:
             return
         before = outlet.sent
         try:
@@ -12795,7 +12815,7 @@ class MiddleRelay:
             self.last_at = self.host.loop.now
         if user.used >= user.mark and self.host.quota_reached(user):
             self._over_quota()
-        elif self.stage is RelayStage.FLUSHING:
+        elif self.stage is _FLUSHING:
             self._wind_up()
         elif outlet.pending:
             self._judge_queue()
@@ -12805,7 +12825,7 @@ class MiddleRelay:
         self.seat.link = None
         if region is not None:
             self.on_run_end(region)
-        if self.stage is RelayStage.OPEN:
+        if self.stage is _OPEN:
             self._wind_up()
 
     def on_crash(self) -> None:
@@ -12836,9 +12856,9 @@ class MiddleRelay:
         done = outlet.flush()
         if outlet.sent != before:
             self.last_at = self.host.loop.now
-        if self.stage is RelayStage.OPEN:
+        if self.stage is _OPEN:
             self._judge_queue()
-        elif done and self.stage is RelayStage.FLUSHING:
+        elif done and self.stage is _FLUSHING:
             self._linger()
 
     def _disarm(self) -> None:
@@ -12851,7 +12871,7 @@ class MiddleRelay:
     def _wind_up(self) -> None:
         """No link any more: flush, half-close, wait for the client's end (D13)."""
         self._disarm()
-        self.stage = RelayStage.FLUSHING
+        self.stage = _FLUSHING
         self.client.want(READ | self.client.mask & WRITE)      # reading on avoids a reset that would destroy data in flight
         self.alarm = self.host.loop.call_later(_FLUSH_S, functools.partial(self.close, None))
         if not self.outlet.pending:
@@ -12859,7 +12879,7 @@ class MiddleRelay:
 
     def _linger(self) -> None:
         self._disarm()
-        self.stage = RelayStage.LINGERING
+        self.stage = _LINGERING
         self.client.finish()
         self.alarm = self.host.loop.call_later(_LINGER_S, functools.partial(self.close, None))
 
@@ -12872,16 +12892,16 @@ class MiddleRelay:
     def drain(self) -> None:
         """The process stops: say goodbye to the middle end, let what waits for the client go out."""
         self.seat.leave(self)
-        if self.outlet.pending and self.stage is not RelayStage.ENDED:
+        if self.outlet.pending and self.stage is not _ENDED:
             self._wind_up()
         else:
             self.close(None)
 
     def close(self, error: Exception | None) -> None:
         """Close the client and give everything back; may be called twice."""
-        if self.stage is RelayStage.ENDED:
+        if self.stage is _ENDED:
             return
-        self.stage = RelayStage.ENDED
+        self.stage = _ENDED
         self._disarm()
         self.seat.leave(self)
         self.host.answers.holders.pop(self, None)

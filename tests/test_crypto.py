@@ -97,6 +97,15 @@ def test_crypt_moves_and_works_in_place(backend, memory):
     assert bytes(source.view[1000:1064]) == PLAIN
 
 
+def test_small_messages_through_one_cipher_and_two(backend):
+    """Wherever the result lies, it is the next piece of the same stream."""
+    source, target = backend.region(bytearray(256)), backend.region(bytearray(256))
+    source.view[100:164] = PLAIN
+    cipher, other, same = (backend.ctr(KEY, CTR_IV) for _ in range(3))
+    assert bytes(cipher.take(source, 100, 21, target)) + bytes(cipher.take(source, 121, 43, target)) == CTR
+    assert bytes(other.recrypt(same, source, 100, 64, target)) == PLAIN and bytes(source.view[100:164]) == PLAIN
+
+
 def test_output_may_end_with_the_slack(backend):
     region = backend.region(bytearray(PLAIN + bytes(telemt.CRYPT_SLACK)))
     backend.ctr(KEY, CTR_IV).crypt(region, 0, region, 0, 64)

@@ -1,6 +1,7 @@
 """Room 9: the link protocol, byte by byte against vectors/middle-proxy.json."""
 import functools
 import re
+from collections import deque
 
 import pytest
 
@@ -101,7 +102,8 @@ def test_encode(case):
     assert frame.hex() == case["frame"]
     assert (frame + telemt.padding(len(frame))).hex() == case["padded"]
     out = []
-    assert FrameWriter(case["seq"], CHECKSUMS[case["crc"]]).add(out, payload[:4], payload[4:]) == len(frame) and b"".join(out) == frame
+    queue = deque([(payload[:4], payload[4:])])
+    assert FrameWriter(case["seq"], CHECKSUMS[case["crc"]]).add(out, queue, 1) == len(frame) and b"".join(out) == frame and not queue
 
 
 def test_incomplete_frame_tells_what_it_needs():
@@ -202,7 +204,6 @@ def test_proxy_req(case):
     built = head.build(data, case["quickack"])
     assert (built + data).hex() == case["payload"]
     assert len(built) == (56 if tag is None else 84)
-    assert head.build(memoryview(data), case["quickack"]) == built
     assert len(built) + telemt.CLIENT_FRAME_MAX + telemt.RPC_FRAME_MIN <= telemt.RPC_FRAME_MAX
 
 

@@ -640,7 +640,7 @@ class OutletBench:
         region = BACKEND.region(bytearray(b"".join(b"....." + piece for piece in pieces) + bytes(64)))
         at = 0
         for piece in pieces:
-            self.outlet.add(at + 5, len(piece))
+            self.outlet.pieces.append((at + 5, len(piece)))
             at += 5 + len(piece)
         self.outlet.run(region)
         self.wanted += b"".join(pieces)
