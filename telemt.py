@@ -16492,31 +16492,72 @@ type = "direct"
 enabled = true
 weight = 10
 """
-_INIT_UNIT: Final = """\
+_UNIT: Final = """\
 [Unit]
-Description=telemt.py MTProto proxy
-After=network-online.target
+Description=telemt.py MTProto proxy{title}
 Wants=network-online.target
+After=network-online.target
+# people wait for it: it is started again for as long as it takes
+StartLimitIntervalSec=0
 
 [Service]
 Type=simple
-ExecStart={python} {script} {config}
+# -B: byte code could not be written beside the program
+ExecStart={python} -B {script} {config}
 ExecReload=/bin/kill -HUP $MAINPID
 Restart=always
-RestartSec=5
-StateDirectory=telemt
-WorkingDirectory=/var/lib/telemt
+RestartSec=2
+# it is gone 4 s after SIGTERM
+TimeoutStopSec=10
+# two per session
 LimitNOFILE=65536
+
+# A user of its own; systemd invents one where the system has no user `telemt`.  The API changes the configuration by writing a
+# new file beside it and renaming, so the directory has to belong to that user, whoever wrote the file before.
+DynamicUser=true
+User=telemt
+{directory}ExecStartPre=+/bin/chown -hR --reference=/var/lib/{state}/. {owned}
+ReadWritePaths={owned}
+UMask=0077
+
+# caches and used quotas: relative paths of the configuration begin here
+StateDirectory={state}
+StateDirectoryMode=0700
+WorkingDirectory=/var/lib/{state}
+
+# ports below 1024, and nothing else that a user may not do
 AmbientCapabilities=CAP_NET_BIND_SERVICE
+CapabilityBoundingSet=CAP_NET_BIND_SERVICE
 NoNewPrivileges=true
+
 ProtectSystem=strict
-ProtectHome={protect_home}
-PrivateTmp={private_tmp}
-ReadWritePaths={config_dir}
+ProtectHome={home}
+PrivateTmp=true
+{bound}PrivateDevices=true
+ProtectClock=true
+ProtectControlGroups=true
+ProtectHostname=true
+ProtectKernelLogs=true
+ProtectKernelModules=true
+ProtectKernelTunables=true
+ProtectProc=invisible
+RestrictNamespaces=true
+RestrictRealtime=true
+RestrictSUIDSGID=true
+RemoveIPC=true
+LockPersonality=true
+MemoryDenyWriteExecute=true
+# without AF_NETLINK: an upstream that names an interface asks by ioctl, which knows its first IPv4 address only
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
 
 [Install]
 WantedBy=multi-user.target
 """
+_HIDDEN: Final = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")     # what a unit does not see of the file system
 
 
 class InitRequest(NamedTuple):
@@ -16581,27 +16622,58 @@ def init(words: Sequence[str]) -> int:
     return 0
 
 
+def build_unit(python: str, script: str, config: str, owned: str = "/etc/telemt", state: str = "telemt", title: str = "",
+               reads: Sequence[str] = ()) -> str:
+    """Text of a systemd unit; deploy/systemd/ holds what this returns for the places where `make install` puts things.
+
+    owned: what is handed to the user of the service.  reads: files and directories that it needs beside the program.
+    """
+    keep = [f"-{at}" for at in dict.fromkeys([script, *reads]) if at.startswith(_HIDDEN)]
+    write = [owned] if f"{owned}/".startswith(_HIDDEN) else []
+    home = any(at.lstrip("-").startswith(_HIDDEN[:3]) for at in (*keep, *write))
+    bound = "".join([f"BindReadOnlyPaths={unit_word(at)}\n" for at in keep] + [f"BindPaths={unit_word(at)}\n" for at in write])
+    return _UNIT.format(
+        python=unit_word(python), script=unit_word(script), config=unit_word(config), owned=unit_word(owned), state=state, title=title,
+        directory="ConfigurationDirectory=telemt\nConfigurationDirectoryMode=0750\n" if owned == "/etc/telemt" else "",
+        home="tmpfs" if home else "true", bound="# the only things that are not hidden there\n" + bound if bound else "")
+
+
 def install_unit(request: InitRequest, path: str) -> None:
     """Write the systemd unit and start it; what fails is printed, and nothing of it is fatal."""
-    script = os.path.abspath(main.__code__.co_filename)
-    needed = [os.path.realpath(at) for at in (script, sys.executable, path)] + [script, sys.executable]
-    home = any(at.startswith(("/home/", "/root/", "/run/user/")) for at in needed)
-    temporary = any(at.startswith(("/tmp/", "/var/tmp/")) for at in needed)
-    unit = _INIT_UNIT.format(python=unit_word(sys.executable), script=unit_word(script), config=unit_word(path),
-                             config_dir=unit_word(request.config_dir), protect_home="read-only" if home else "true",
-                             private_tmp="false" if temporary else "true")
+    script = os.path.realpath(main.__code__.co_filename)
+    if os.path.basename(script) == "__main__.py":              # inside telemt.pyz
+        script = os.path.dirname(script)
+    reads = [*([os.path.join(os.path.dirname(script), "telemt_api.py")] if script.endswith(".py") else []),
+             *(way for at in (sys.prefix, sys.base_prefix) for way in (at, os.path.realpath(at)))]
+    ours = request.config_dir == "/etc/telemt" or all(name.endswith(".toml") for name in os.listdir(request.config_dir))
+    if not ours:                               # somebody's home, perhaps: never handed over as a whole
+        complain(f"[!] {request.config_dir} holds other things too: the service gets only {path}, and its API cannot add users")
+    for at in (script, *reads):
+        if not readable_for_all(at):
+            complain(f"[!] {at} must be readable for every user, because the service has one of its own: chmod -R a+rX {at}")
+    unit = build_unit(sys.executable, script, path, request.config_dir if ours else path, reads=reads)
     try:
         write_whole(_UNIT_PATH, unit, replace=True, mode=0o644)
     except OSError as error:
         complain(f"[!] {_UNIT_PATH}: {error.strerror}; install this unit yourself:\n{unit}")
         return
     complain(f"[+] Unit written to {_UNIT_PATH}")
-    steps = [["daemon-reload"], ["enable", "telemt.service"]] + ([["start", "telemt.service"]] if request.start else [])
-    for step in steps:
+    for step in [["daemon-reload"]] + ([["enable", "telemt.service"], ["start", "telemt.service"]] if request.start else []):
         run_systemctl(step)
     if request.start:
         time.sleep(1)
         run_systemctl(["is-active", "telemt.service"])
+
+
+def readable_for_all(path: str) -> bool:
+    """Whether the user of the service can read this; what its unit hides and shows to it again needs no way there."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return True                            # not there: not needed
+    wanted = 0o005 if stat.S_ISDIR(mode) else 0o004
+    above = [] if path.startswith(_HIDDEN) else list(itertools.accumulate(os.path.dirname(path).split("/"), "{}/{}".format))
+    return mode & wanted == wanted and all(os.stat(at or "/").st_mode & 0o001 for at in above)
 
 
 def unit_word(text: str) -> str:

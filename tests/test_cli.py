@@ -1,6 +1,7 @@
 """Room 21: arguments, log layout, levels, files, --init."""
 import os
 import re
+import shutil
 import socket
 import stat
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 import telemt
 from telemt import Arguments, ConfigError, Level, LogSink, chosen_level, load_config, parse_arguments, parse_init, parse_rust_log
 from tests.cases import SECRET
+
+ROOT = Path(telemt.__file__).resolve().parent
 
 
 @pytest.mark.parametrize(("words", "arguments"), [
@@ -317,7 +320,7 @@ def test_init_writes_config_and_unit(tmp_path, monkeypatch, capsys):
     words = ["--init", "--secret", SECRET, "--user", "bob", "--domain", "front.example", "--config-dir", str(tmp_path), "--no-start"]
     assert telemt.main(words) == 0
     out = capsys.readouterr().out
-    assert f"secret=ee{SECRET}{b'front.example'.hex()}" in out and steps == [["daemon-reload"], ["enable", "telemt.service"]]
+    assert f"secret=ee{SECRET}{b'front.example'.hex()}" in out and steps == [["daemon-reload"]], "not at the next boot"
     path = tmp_path / "config.toml"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     settings = load_config(str(path)).settings
@@ -342,20 +345,73 @@ def test_init_replaces_a_file_only_as_a_whole(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "config.toml").is_symlink() and "[access.users]" in (tmp_path / "real.toml").read_text()
 
 
-@pytest.mark.parametrize(("script", "lines"), [
-    ("/usr/local/bin/telemt.py", ["ProtectHome=true", "PrivateTmp=true"]),
-    ("/home/anna/telemt.py", ["ProtectHome=read-only", "PrivateTmp=true"]),
-    ("/root/telemt.py", ["ProtectHome=read-only", "PrivateTmp=true"]), ("/tmp/x/telemt.py", ["ProtectHome=true", "PrivateTmp=false"]),
-])
-def test_the_unit_can_reach_its_script(tmp_path, monkeypatch, script, lines):
-    """Found from outside: a script under /home or /root could not be started, because its unit hid those places."""
+def written_unit(tmp_path, monkeypatch, *, script="/usr/local/lib/telemt/telemt.py", prefix="/usr", config_dir="/etc/telemt", held=()):
+    """The unit that --init writes for a script, an interpreter and a configuration directory with these files."""
     monkeypatch.setattr(telemt, "_UNIT_PATH", str(tmp_path / "telemt.service"))
     monkeypatch.setattr(telemt, "run_systemctl", lambda _: None)
-    monkeypatch.setattr(telemt.sys, "executable", "/usr/bin/python3")
+    monkeypatch.setattr(telemt.os, "listdir", lambda _: ["config.toml", *held])
+    monkeypatch.setattr(telemt.sys, "executable", f"{prefix}/bin/python3")
+    for name in ("prefix", "base_prefix"):
+        monkeypatch.setattr(telemt.sys, name, prefix)
     monkeypatch.setattr(telemt, "main", types.SimpleNamespace(__code__=types.SimpleNamespace(co_filename=script)))
-    telemt.install_unit(parse_init(["--init"]), "/etc/telemt/config.toml")
-    unit = (tmp_path / "telemt.service").read_text().splitlines()
-    assert [line for line in unit if line.startswith(("ProtectHome", "PrivateTmp"))] == lines
+    telemt.install_unit(parse_init(["--init", "--no-start", "--config-dir", config_dir]), f"{config_dir}/config.toml")
+    return (tmp_path / "telemt.service").read_text()
+
+
+def test_the_unit_of_init_is_the_one_in_deploy(tmp_path, monkeypatch):
+    """One source for the hardening: written where `make install` puts things, they are equal."""
+    deployed = (ROOT / "deploy" / "systemd" / "telemt.service").read_text()
+    unit = written_unit(tmp_path, monkeypatch)
+    assert unit == deployed[deployed.index("[Unit]"):] and "User=telemt" in unit and "CapabilityBoundingSet=CAP_NET_BIND_SERVICE" in unit
+
+
+@pytest.mark.parametrize(("places", "lines"), [
+    ({}, ["ProtectHome=true"]),
+    ({"script": "/home/anna/telemt.py"},
+     ["ProtectHome=tmpfs", "BindReadOnlyPaths=-/home/anna/telemt.py", "BindReadOnlyPaths=-/home/anna/telemt_api.py"]),
+    ({"script": "/root/my apps/telemt.pyz/__main__.py"}, ["ProtectHome=tmpfs", 'BindReadOnlyPaths="-/root/my apps/telemt.pyz"']),
+    ({"script": "/tmp/telemt.pyz/__main__.py"}, ["ProtectHome=true", "BindReadOnlyPaths=-/tmp/telemt.pyz"]),
+    ({"prefix": "/home/anna/venv"}, ["ProtectHome=tmpfs", "BindReadOnlyPaths=-/home/anna/venv"]),
+    ({"config_dir": "/home/anna/proxy"}, ["ProtectHome=tmpfs", "BindPaths=/home/anna/proxy"]),
+    ({"config_dir": "/home/anna", "held": [".ssh"]}, ["ProtectHome=tmpfs", "BindPaths=/home/anna/config.toml"]),
+], ids=str)
+def test_the_unit_can_reach_its_script(tmp_path, monkeypatch, places, lines):
+    """Found from outside: a script under /home or /root could not be started, because its unit hid those places.
+
+    Nothing else there is shown: the places themselves are empty, and what is needed is bound into them.
+    """
+    unit = written_unit(tmp_path, monkeypatch, **places).splitlines()
+    assert [line for line in unit if line.startswith(("ProtectHome", "Bind"))] == lines
+    assert "PrivateTmp=true" in unit and "DynamicUser=true" in unit
+    if shutil.which("systemd-analyze"):
+        said = subprocess.run(["systemd-analyze", "verify", str(tmp_path / "telemt.service")], capture_output=True, text=True, check=False)
+        assert not [line for line in (said.stdout + said.stderr).splitlines() if "is not executable" not in line], said
+
+
+@pytest.mark.parametrize(("config_dir", "held", "owned"), [
+    ("/etc/telemt", ["tlsfront"], "/etc/telemt"), ("/srv/proxy", ["users.toml"], "/srv/proxy"),
+    ("/etc", ["passwd"], "/etc/config.toml"), ("/home/anna", [".ssh"], "/home/anna/config.toml"),
+])
+def test_the_service_gets_no_directory_of_others(tmp_path, monkeypatch, capsys, config_dir, held, owned):
+    """`--init --config-dir /etc` must not hand /etc to the service."""
+    unit = written_unit(tmp_path, monkeypatch, config_dir=config_dir, held=held).splitlines()
+    assert f"ExecStartPre=+/bin/chown -hR --reference=/var/lib/telemt/. {owned}" in unit and f"ReadWritePaths={owned}" in unit
+    assert ("ConfigurationDirectory=telemt" in unit) is (config_dir == "/etc/telemt")
+    assert ("holds other things too" in capsys.readouterr().err) is (owned != config_dir)
+
+
+def test_what_the_service_cannot_read_is_said(tmp_path, monkeypatch, capsys):
+    """Its user is nobody else's, so a script copied with umask 077 does not start."""
+    script = tmp_path / "telemt.py"
+    script.write_text("")
+    for mode, said in (0o600, True), (0o644, False):
+        script.chmod(mode)
+        written_unit(tmp_path, monkeypatch, script=str(script))
+        assert (f"{script} must be readable" in capsys.readouterr().err) is said
+    monkeypatch.setattr(telemt, "_HIDDEN", ())
+    for mode, said in (0o700, False), (0o755, True):
+        tmp_path.chmod(mode)
+        assert telemt.readable_for_all(str(script)) is (said and all(path.stat().st_mode & 1 for path in tmp_path.parents))
 
 
 def test_init_tightens_a_file_that_was_there(tmp_path, monkeypatch):

@@ -309,7 +309,8 @@ def test_the_document_of_the_configuration_has_every_key() -> None:
 
 def test_a_stale_document_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(make_docs, "ROOT", tmp_path)
-    (tmp_path / "docs").mkdir()
+    for name in ("docs", "deploy/systemd"):
+        (tmp_path / name).mkdir(parents=True)
     assert make_docs.main(["--check"]) == 1 and not list((tmp_path / "docs").iterdir())
     assert make_docs.main([]) == 0 and make_docs.main(["--check"]) == 0
     path = tmp_path / "docs" / "configuration.md"

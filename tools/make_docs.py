@@ -1,11 +1,13 @@
-"""Write the generated documents: docs/configuration.md from the settings tables, docs/api.md through api_docs.py.
+"""Write the generated documents: docs/configuration.md from the settings tables, docs/api.md through api_docs.py, the systemd
+units in deploy/ from what --init writes.
 
 usage: make_docs.py [--check]      --check writes nothing and exits with 1 where a committed file is not current
 
-A test compares both files with what this program makes.
+A test compares these files with what this program makes.
 """
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -137,7 +139,35 @@ def configuration() -> str:
     return "\n".join(parts)
 
 
-DOCUMENTS: Final[Mapping[str, Callable[[], str]]] = {"docs/configuration.md": configuration, "docs/api.md": api_docs.render}
+UNIT_HEADS: Final = {"telemt.service": """\
+# telemt.py under systemd.  Installed by `make install`, or by hand:
+#   telemt.py and telemt_api.py to /usr/local/lib/telemt/, the configuration to /etc/telemt/config.toml,
+#   this file to /etc/systemd/system/, then `systemctl daemon-reload` and `systemctl enable --now telemt`.
+# Log: `journalctl -u telemt`.  Read the configuration again: `systemctl reload telemt`.
+# The text is that of `telemt.py --init`, from there by `make docs`.
+
+""", "telemt@.service": """\
+# telemt.py under systemd, several instances: telemt@1 reads /etc/telemt/1.toml, telemt@2 reads /etc/telemt/2.toml ...  They may share
+# one port: each file then says `[[server.listeners]]` with `reuse_allow = true`, and the API and metrics ports differ.  What they do
+# not share is in docs/operations.md.  Installed as telemt.service is; then `systemctl enable --now telemt@1 telemt@2`.
+# Log: `journalctl -u "telemt@*"`.  Read the configuration again: `systemctl reload "telemt@*"`.
+# The text is that of `telemt.py --init`, from there by `make docs`.
+
+"""}
+
+
+def unit(name: str) -> str:
+    """A file of deploy/systemd/, for the places where `make install` puts things."""
+    python, script = "/usr/bin/python3", "/usr/local/lib/telemt/telemt.py"
+    if "@" in name:
+        text = telemt.build_unit(python, script, "/etc/telemt/INSTANCE.toml", state="telemt-INSTANCE", title=", instance INSTANCE")
+        return UNIT_HEADS[name] + text.replace("INSTANCE", "%i")
+    return UNIT_HEADS[name] + telemt.build_unit(python, script, "/etc/telemt/config.toml")
+
+
+DOCUMENTS: Final[Mapping[str, Callable[[], str]]] = {
+    "docs/configuration.md": configuration, "docs/api.md": api_docs.render,
+    **{f"deploy/systemd/{name}": functools.partial(unit, name) for name in UNIT_HEADS}}
 
 
 def stale() -> list[str]:
