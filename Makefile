@@ -22,7 +22,7 @@ SHELL   := /bin/sh
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run venv deps-test test check lint types house fuzz laws soak bench bench-check docs dist test-all clean
+.PHONY: help run venv deps-test test check lint types house fuzz laws soak kills bench bench-check docs dist test-all clean
 
 help: ## list the targets
 	@while IFS= read -r line; do \
@@ -80,7 +80,11 @@ bench-check: $(STAMP) ## exit 1 where a ratio is worse than the committed table 
 laws: $(STAMP) ## property tests with the big hypothesis profile
 	HYPOTHESIS_PROFILE=big "$(PY)" -m pytest -n $(JOBS) tests/laws $(ARGS)
 
-soak: $(STAMP) ## the long forms: 300 kills of the program and 3,000 of the store in the middle of changes
+soak: $(STAMP) ## the program in a crowd that misbehaves, MINUTES=10 or HOURS=; first it has to find planted leaks; ARGS=--write
+	"$(PY)" tools/soak.py --prove
+	"$(PY)" tools/soak.py $(if $(HOURS),--hours $(HOURS),--minutes $(or $(MINUTES),10)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+kills: $(STAMP) ## 300 kills of the program and 3,000 of the store in the middle of changes
 	TELEMT_KILLS=300 TELEMT_STORE_KILLS=3000 "$(PY)" -m pytest tests/journeys/test_changes.py -k kill -o faulthandler_timeout=0 $(ARGS)
 
 dist: ## write dist/: telemt.pyz (both books in one file), the books, the source, SHA256SUMS; the same bytes everywhere

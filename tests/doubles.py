@@ -269,6 +269,7 @@ class Peer:
         self.sock, self.transport = sock, transport
         self.inbox = bytearray()                # decrypted and not asked for yet
         self.sent_bytes = self.got_bytes = 0    # of the stream inside
+        self.sent_payload = self.got_payload = 0            # of its frames, without lengths and padding
         sock.settimeout(timeout)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -339,15 +340,20 @@ class Peer:
 
     def send_frame(self, payload: bytes) -> None:
         self.send(wrap_frame(self.transport, payload))
+        self.sent_payload += len(payload)
 
     def recv_frame(self) -> bytes:
         """Payload of the next frame, without its padding."""
         if self.transport == "abridged":
             words = self.recv(1)[0]
-            return self.recv(4 * (words if words < 0x7F else int.from_bytes(self.recv(3), "little")))
-        size = struct.unpack("<I", self.recv(4))[0]
-        payload = self.recv(size)
-        return payload[:size - size % 4] if self.transport == "padded" else payload
+            payload = self.recv(4 * (words if words < 0x7F else int.from_bytes(self.recv(3), "little")))
+        else:
+            size = struct.unpack("<I", self.recv(4))[0]
+            payload = self.recv(size)
+            if self.transport == "padded":
+                payload = payload[:size - size % 4]
+        self.got_payload += len(payload)
+        return payload
 
     def shutdown(self) -> None:
         """Say that no more bytes will follow."""
@@ -567,11 +573,31 @@ class DcPeer(Peer):
             raise AssertionError(f"unknown order {word}")
 
 
+class FramedPeer(DcPeer):
+    """Moves bulk data in frames, as the middle end does: a client need not know which of the two it talks to."""
+
+    def obey(self, word: str, size: int, seed: int) -> None:
+        if word == "send":
+            for block in pattern(seed, size):
+                for at in range(0, len(block), 65_536):
+                    self.send_frame(block[at:at + 65_536])
+        elif word == "recv":
+            digest = hashlib.sha256()
+            while size > 0:
+                frame = self.recv_frame()
+                digest.update(frame)
+                size -= len(frame)
+            self.send_frame(digest.digest())
+        else:
+            raise AssertionError(f"unknown order {word}")
+
+
 class FakeDc:
     """A data centre on loopback.  manual: after the header the test drives the peers that `take` returns; rude: resets everybody."""
 
-    def __init__(self, manual: bool = False, host: str = "127.0.0.1", port: int = 0, rcvbuf: int = 0, rude: bool = False) -> None:
-        self.manual, self.rude = manual, rude
+    def __init__(self, manual: bool = False, host: str = "127.0.0.1", port: int = 0, rcvbuf: int = 0, rude: bool = False,
+                 peer: type[DcPeer] = DcPeer) -> None:
+        self.manual, self.rude, self._peer = manual, rude, peer
         self.peers: list[DcPeer] = []           # everybody who sent a header
         self.faults: list[str] = []             # what a real data centre would not understand
         self._fresh: queue.SimpleQueue[DcPeer] = queue.SimpleQueue()
@@ -590,7 +616,7 @@ class FakeDc:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                peer = DcPeer(self._listener.accept()[0])
+                peer = self._peer(self._listener.accept()[0])
                 if self.rude:
                     peer.reset()
                     continue

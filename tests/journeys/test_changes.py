@@ -185,7 +185,7 @@ def test_a_mounted_file_is_written_in_place(rig: Rig) -> None:
 
 
 def test_killed_while_it_writes(rig: Rig) -> None:
-    """The whole program, a few times; tests/crash.py does the store alone some hundred times, `make soak` this many more."""
+    """The whole program, a few times; tests/crash.py does the store alone some hundred times, `make kills` this many more."""
     kills = int(os.environ.get("TELEMT_KILLS", "3"))
     proxy, api = start(rig)
     for kill in range(kills):
