@@ -81,7 +81,7 @@ def test_a_leak_is_found(calm: bool, field: str, make: Callable[[int], object], 
     ({"good": 0}, "not one session"),
     ({"faults": ["download damaged"] * 30}, "fault: download damaged"),
     ({"samples": []}, "nothing to compare"),
-], ids=str)
+], ids=lambda value: value if isinstance(value, str) else "-".join(value))
 def test_a_fault_is_found(fault: dict[str, object], says: str) -> None:
     findings = soak_judge.judge(dataclasses.replace(sound(), **fault))  # type: ignore[arg-type]
     assert findings and any(says in text for text in findings), findings
