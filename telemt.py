@@ -4795,8 +4795,8 @@ def format_observations(rows: Iterable[tuple[str, str, int]]) -> str:
 
 UNLIMITED: Final = (1 << 63) - 1        # beyond any count that a session can reach
 _HOME_CACHE: Final = 4096            # IPs whose last user is tried first (client-protocol.md D12)
-RECENT_S: Final = 30.0               # an address counts as recent for so long after its last session (api.md 15)
-_RECENT_MAX: Final = 1024            # such addresses kept per user: a page of an operator's table, not a log
+RECENT_S: Final = 30.0               # an address counts as recent for so long after its last admission (client-protocol.md D18)
+_ADMISSIONS_MAX: Final = 65_536      # of all users in that time: more than 2,000 a second, which no processor here can shake hands with
 
 
 class User:
@@ -4816,27 +4816,19 @@ class User:
         self.quota = UNLIMITED                 # bytes
         self.sessions = 0                      # reserved places, from admission to session end
         self.ips: dict[str, int] = {}          # client IP -> sessions from it
-        self.recent: dict[str, float] = {}     # client IP -> monotonic end of its last session, oldest first
+        self.recent: dict[str, float] = {}     # client IP -> monotonic time of its last admission, oldest first
         self.used = 0                          # octets both ways, what `quota` is compared with
         self.mark = 0                          # a relay asks quota_reached() once `used` is here: the quota, or 0 = at the next byte
         self.reset_wall = 0                    # unix seconds of the last reset of `used`, 0 = never
         self.stats = UserStats()
 
     def recent_ips(self, now: float) -> list[str]:
-        """Addresses with a session now or within the last 30 s; for any thread."""
-        ended = [ip for ip, at in list(self.recent.items()) if now - at <= RECENT_S]
-        return list(dict.fromkeys([*list(self.ips), *ended]))
-
-    def _left(self, ip: str, now: float) -> None:
-        recent = self.recent
-        recent.pop(ip, None)
-        recent[ip] = now
-        while now - recent[oldest := next(iter(recent))] > RECENT_S or len(recent) > _RECENT_MAX:
-            del recent[oldest]
+        """Addresses that were admitted within the last 30 s; for any thread."""
+        return [ip for ip, at in list(self.recent.items()) if now - at <= RECENT_S]
 
 
 class Ticket:
-    """A reserved place of a user.  release(now) gives back the session and the IP, once."""
+    """A reserved place of a user.  release() gives back the session and the IP, once."""
 
     __slots__ = ("user", "ip", "_open")
 
@@ -4845,8 +4837,8 @@ class Ticket:
         user.sessions += 1
         user.ips[ip] = user.ips.get(ip, 0) + 1
 
-    def release(self, now: float) -> None:
-        """May be called twice; counts once.  now: monotonic seconds."""
+    def release(self) -> None:
+        """May be called twice; counts once."""
         if not self._open:
             return
         self._open = False
@@ -4854,7 +4846,6 @@ class Ticket:
         user.sessions -= 1
         if user.ips[self.ip] == 1:
             del user.ips[self.ip]
-            user._left(self.ip, now)
         else:
             user.ips[self.ip] -= 1
 
@@ -4886,6 +4877,7 @@ class UserTable:
     def __init__(self) -> None:
         self.users: dict[str, User] = {}
         self._home: dict[str, User] = {}       # client IP -> the user it was last, oldest first
+        self._admissions: collections.deque[tuple[float, User, str]] = collections.deque()     # of the last 30 s, oldest first
         self.effort = Effort()
 
     def __iter__(self) -> Iterator[User]:
@@ -4927,6 +4919,17 @@ class UserTable:
                 yield user
         if cost_s > _CHEAP_S:
             self.effort.charge(ip, now, cost_s)
+
+    def note_admission(self, user: User, ip: str, now: float) -> None:
+        """`ip` counts as recent for `user` from now on; what is too old is forgotten, whoever it was.  now: monotonic seconds."""
+        user.recent.pop(ip, None)
+        user.recent[ip] = now
+        past = self._admissions
+        past.append((now, user, ip))
+        while now - past[0][0] > RECENT_S or len(past) > _ADMISSIONS_MAX:
+            at, who, where = past.popleft()
+            if who.recent.get(where) == at:
+                del who.recent[where]
 
     def remember(self, ip: str, user: User) -> None:
         """`user` authenticated from `ip`: try it first next time."""
@@ -12513,7 +12516,7 @@ class DirectRelay:
         self.client.close()
         self.dc.close()
         self.user.stats.current -= 1
-        self.ticket.release(self.host.loop.now)
+        self.ticket.release()
         report_end(error, peer=self.peer, user=self.user.name)
         log_relay.debug("Relay finished", user=self.user.name, c2s_bytes=self.octets_up, s2c_bytes=self.octets_down)
         self.host.ended(self)
@@ -12919,7 +12922,7 @@ class MiddleRelay:
         self.outlet.close()
         self.client.close()
         self.user.stats.current -= 1
-        self.ticket.release(self.host.loop.now)
+        self.ticket.release()
         report_end(error, peer=self.peer, user=self.user.name)
         log_relay.debug("ME relay cleanup", user=self.user.name, conn_id=self.conn_id, c2s_bytes=self.octets_up, s2c_bytes=self.octets_down)
         self.host.ended(self)
@@ -13564,9 +13567,12 @@ class Routing:
                              dc_addr=format_address(*self.cycle.where), proto=self.preamble.transport.word, mode="direct")
 
     def _admit(self) -> Ticket:
-        if self.core.doorman.users.users.get(self.user.name) is not self.user:       # removed while shaking hands
+        table = self.core.doorman.users
+        if table.users.get(self.user.name) is not self.user:         # removed while shaking hands
             raise WireError(Reason.LIMIT, f"User {self.user.name} disabled")
-        return admit(self.user, self.ip, time.time())
+        ticket = admit(self.user, self.ip, time.time())
+        table.note_admission(self.user, self.ip, self.core.loop.now)
+        return ticket
 
     def on_readable(self, _mask: int) -> None:
         """The client goes on talking, or leaves: then nobody needs the data centre any more."""
@@ -13651,7 +13657,7 @@ class Routing:
         if self.waiting is not None and self.core.pool is not None:
             self.core.pool.bindings.leave(self.waiting)
         if self.ticket is not None:
-            self.ticket.release(self.core.loop.now)
+            self.ticket.release()
         self.stream.close()
         report_end(error, peer=self.peer)
         self.core.ended(self)

@@ -481,11 +481,17 @@ def view_links(links: Iterable[Link], primary: str) -> JsonObject:
     return found
 
 
-class UserFrame(NamedTuple):
-    """JSON of a user as far as it follows from the configuration; what the user does goes between."""
+class UserFrame:
+    """JSON of a user as far as it follows from the configuration; what the user does goes between.
 
-    before: str
-    between: str
+    Most of a thousand users do nothing between two polls: the last text is kept with the numbers that stand in it.
+    """
+
+    __slots__ = ("before", "between", "last")
+
+    def __init__(self, before: str, between: str) -> None:
+        self.before, self.between = before, between
+        self.last: tuple[tuple[int, ...], str] = ((), "")
 
 
 def frame_user(name: str, access: Access, links: JsonObject) -> UserFrame:
@@ -503,18 +509,24 @@ def render_user(frame: UserFrame, user: User | None, counted: bool, now: float) 
 
     counted: general.telemetry.user_enabled; now: monotonic seconds.
     """
-    current = up = down = used = 0
+    mark = current, up, down, used = 0, 0, 0, 0
     ips: list[str] = []
     recent: list[str] = []
     if user is not None:
         stats = user.stats
-        current, up, down, used = stats.current if counted else 0, stats.octets_from_client, stats.octets_to_client, user.used
+        mark = current, up, down, used = stats.current if counted else 0, stats.octets_from_client, stats.octets_to_client, user.used
         if user.ips or user.recent:
             ips, recent = sorted_ips(list(user.ips)), sorted_ips(user.recent_ips(now))
-    return (f'{frame.before},"current_connections":{current},"active_unique_ips":{len(ips)},"total_octets":{up + down},{frame.between}'
+    known, text = frame.last
+    if known == mark and not (ips or recent):
+        return text
+    text = (f'{frame.before},"current_connections":{current},"active_unique_ips":{len(ips)},"total_octets":{up + down},{frame.between}'
             f',"active_unique_ips_list":{dump_json(ips) if ips else "[]"},"recent_unique_ips":{len(recent)}'
             f',"recent_unique_ips_list":{dump_json(recent) if recent else "[]"},"octets_from_client":{up},"octets_to_client":{down}'
             f',"quota_used_bytes":{used}}}')
+    if not (ips or recent):
+        frame.last = mark, text                # one assignment: other threads read it
+    return text
 
 
 def view_active_ips(users: Iterable[User]) -> list[JsonObject]:
@@ -912,7 +924,7 @@ USER_IP_TABLE: Final[Sequence[tuple[str, str, Callable[[User, Facts], bool], Cal
     ("telemt_user_unique_ips_limit", "access.user_max_unique_ips; 0 = unset.", _has_limit,
      lambda user, facts: facts.ip_limits.get(user.name, 0)),
     ("telemt_user_unique_ips_utilization", "Part of the limit that is used.", _has_limit, _utilization),
-    ("telemt_user_unique_ips_recent_window", "Source addresses connected now or within the last 30 s.",
+    ("telemt_user_unique_ips_recent_window", "Source addresses admitted within the last 30 s.",
      lambda user, facts: bool(user.recent), lambda user, facts: len(user.recent_ips(facts.now))),
 )
 
@@ -3479,8 +3491,7 @@ API_PLACES: Final = 64
 METRICS_PLACES: Final = 32
 _ASK_S: Final = 0.5                      # what the data plane gets for a snapshot
 _STOP_S: Final = 1.0                     # what a change that is being written gets when we stop
-_SLICE: Final = 25                       # users between two pauses
-_FRAMES_S: Final = 5.0                   # how long the lasting part of a user is kept
+_SLICE: Final = 50                       # users between two pauses
 _SWITCH_S: Final = 0.0005                # how long a thread here may keep the interpreter from the loop
 _TEXT: Final = "text/plain; charset=utf-8"
 _FIELDS: Final = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"))
@@ -3631,6 +3642,26 @@ def breathe(number: int) -> None:
         time.sleep(0)
 
 
+class Roster:
+    """The lasting parts of all users of one configuration; each is made when it is first asked for.
+
+    sample: links of the first user; as long as they stay, so do all others.
+    """
+
+    def __init__(self, port: ControlPort, settings: Settings, sample: list[Link]) -> None:
+        self._port, self.settings, self.sample = port, settings, sample
+        self.names = sorted(settings.access.users)
+        self._frames: dict[str, UserFrame] = {}
+
+    def frame(self, name: str) -> UserFrame:
+        """The lasting part of a configured user; for any thread."""
+        frame = self._frames.get(name)
+        if frame is None:
+            links = view_links(self._port.links(name), self.settings.censorship.tls_domain)
+            frame = self._frames[name] = frame_user(name, self.settings.access, links)
+        return frame
+
+
 class Desk:
     """The handlers of all reads: one method per name in ROUTES; returns `data` as JSON."""
 
@@ -3642,7 +3673,7 @@ class Desk:
         self._load = Cached(self._build_load, api.runtime_edge_cache_ttl_ms / 1000, lambda found: found is not None)
         self._last_load: tuple[JsonObject, int] | None = None            # the last one that came, and when
         self._route: RouteSnapshot | None = None
-        self._frames: tuple[Settings, float, dict[str, UserFrame]] = (port.settings, -math.inf, {})
+        self._roster = Roster(port, port.settings, [])
         self._openapi = functools.cache(lambda: dump_json(make_openapi(port.version)))
 
     # -- the data plane
@@ -3714,9 +3745,9 @@ class Desk:
     def get_users(self) -> str:
         settings, users, rows = self.port.settings, self.port.users, []
         counted, now = settings.general.telemetry.user_enabled, time.monotonic()
-        frames = self._frames_of(settings)
-        for number, name in enumerate(sorted(settings.access.users)):
-            rows.append(render_user(self._frame(frames, name, settings), users.get(name), counted, now))
+        roster = self._roster_of(settings)
+        for number, name in enumerate(roster.names):
+            rows.append(render_user(roster.frame(name), users.get(name), counted, now))
             breathe(number)
         return f"[{','.join(rows)}]"
 
@@ -3724,23 +3755,15 @@ class Desk:
         settings = self.port.settings
         if name not in settings.access.users:
             raise not_found("User not found")
-        frame = self._frame(self._frames_of(settings), name, settings)
+        frame = self._roster_of(settings).frame(name)
         return render_user(frame, self.port.users.get(name), settings.general.telemetry.user_enabled, time.monotonic())
 
-    def _frames_of(self, settings: Settings) -> dict[str, UserFrame]:
-        """Where the frames of this configuration are kept, for some seconds: an address that is detected later changes the links."""
-        known, until, frames = self._frames
-        if known is not settings or time.monotonic() > until:
-            frames = {}
-            self._frames = (settings, time.monotonic() + _FRAMES_S, frames)
-        return frames
-
-    def _frame(self, frames: dict[str, UserFrame], name: str, settings: Settings) -> UserFrame:
-        frame = frames.get(name)
-        if frame is None:
-            links = view_links(self.port.links(name), settings.censorship.tls_domain)
-            frame = frames[name] = frame_user(name, settings.access, links)
-        return frame
+    def _roster_of(self, settings: Settings) -> Roster:
+        """The roster that is true now: an address that is detected later changes the links of everybody."""
+        roster, sample = self._roster, self.port.links(next(iter(settings.access.users), ""))
+        if roster.settings is not settings or roster.sample != sample:
+            roster = self._roster = Roster(self.port, settings, sample)
+        return roster
 
     def get_qr(self, name: str, kind: str, index: int) -> str:
         """QR matrix of a link (9.9)."""

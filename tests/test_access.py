@@ -31,8 +31,8 @@ def test_no_limit_admits_and_release_counts_once():
     tickets = [admit(user, "10.0.0.1", 1.0) for _ in range(3)] + [admit(user, "10.0.0.2", 1.0)]
     assert (user.sessions, user.ips) == (4, {"10.0.0.1": 3, "10.0.0.2": 1})
     for ticket in tickets:
-        ticket.release(5.0)
-        ticket.release(5.0)
+        ticket.release()
+        ticket.release()
     assert (user.sessions, user.ips) == (0, {})
 
 
@@ -71,37 +71,45 @@ def test_unique_ips_count_sessions_not_connections():
     user = table("[access.user_max_unique_ips]\nalice = 1").users["alice"]
     first, second = admit(user, "10.0.0.1", 1.0), admit(user, "10.0.0.1", 1.0)
     assert refusal(user, ip="10.0.0.2") == "User alice exceeded connection limit"
-    first.release(5.0)
+    first.release()
     assert refusal(user, ip="10.0.0.2")
-    second.release(5.0)
+    second.release()
     admit(user, "10.0.0.2", 1.0)
 
 
-def test_recent_addresses_are_those_of_the_last_half_minute():
-    user = table().users["alice"]
+def test_recent_addresses_are_those_admitted_within_the_last_half_minute():
+    users = table()
+    alice, bob = users.users["alice"], users.users["bob"]
     for at, ip in ((0.0, "10.0.0.1"), (10.0, "10.0.0.2"), (20.0, "10.0.0.1")):
-        admit(user, ip, 1.0).release(at)
-    admit(user, "10.0.0.3", 1.0)
-    assert user.recent_ips(20.0) == ["10.0.0.3", "10.0.0.2", "10.0.0.1"]
-    assert user.recent_ips(40.5) == ["10.0.0.3", "10.0.0.1"]
-    assert user.recent_ips(60.0) == ["10.0.0.3"]
-    admit(user, "10.0.0.4", 1.0).release(60.0)
-    assert list(user.recent) == ["10.0.0.4"]                 # what is too old does not stay in memory
+        users.note_admission(alice, ip, at)
+    assert alice.recent_ips(20.0) == alice.recent_ips(40.0) == ["10.0.0.2", "10.0.0.1"]
+    assert alice.recent_ips(40.5) == ["10.0.0.1"]
+    users.note_admission(bob, "10.0.0.9", 60.0)
+    assert (list(alice.recent), list(bob.recent)) == ([], ["10.0.0.9"])        # what is too old does not stay in memory
 
 
-def test_recent_addresses_are_bounded():
-    user = table().users["alice"]
+def test_a_session_that_goes_on_is_active_and_no_longer_recent():
+    users = table()
+    user = users.users["alice"]
+    admit(user, "10.0.0.1", 1.0)
+    users.note_admission(user, "10.0.0.1", 1.0)
+    assert (list(user.ips), user.recent_ips(31.5)) == (["10.0.0.1"], [])
+
+
+def test_recent_addresses_of_all_users_are_bounded(monkeypatch):
+    monkeypatch.setattr("telemt._ADMISSIONS_MAX", 1000)
+    users = table()
     for number in range(3000):
-        admit(user, f"10.1.{number >> 8}.{number & 255}", 1.0).release(7.0)
-    assert len(user.recent) == 1024
-    assert "10.1.11.183" in user.recent and "10.1.0.0" not in user.recent
+        users.note_admission(users.users["alice" if number % 2 else "bob"], f"10.1.{number >> 8}.{number & 255}", 7.0)
+    assert sum(len(user.recent) for user in users) == 1000
+    assert "10.1.11.183" in users.users["alice"].recent and "10.1.0.0" not in users.users["bob"].recent
 
 
 def test_connection_limit_is_reserved_at_admission():
     user = table("[access.user_max_tcp_conns]\nalice = 2").users["alice"]
     tickets = [admit(user, "10.0.0.1", 1.0) for _ in range(2)]
     assert refusal(user) and user.ips == {"10.0.0.1": 2}
-    tickets[0].release(5.0)
+    tickets[0].release()
     admit(user, "10.0.0.9", 1.0)
 
 

@@ -181,7 +181,7 @@ def test_user_series() -> None:
         "telemt_user_unique_ips_current", "telemt_user_unique_ips_limit", "telemt_user_unique_ips_utilization"}
     assert (series['telemt_user_unique_ips_limit{user="a"}'], series['telemt_user_unique_ips_utilization{user="a"}']) == ("4", "0.750000")
     assert (series['telemt_user_unique_ips_limit{user="b"}'], series['telemt_user_unique_ips_utilization{user="b"}']) == ("0", "0.000000")
-    assert series['telemt_user_unique_ips_recent_window{user="a"}'] == "4"
+    assert series['telemt_user_unique_ips_recent_window{user="a"}'] == "1"
 
 
 def test_user_series_disappear_while_class_u_is_off() -> None:

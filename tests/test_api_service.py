@@ -277,6 +277,23 @@ def test_users_are_sorted_and_both_lists_are_the_same(desk: Desk) -> None:
         "tg://proxy?server=203.0.113.9&port=443&secret=ee00112233445566778899aabbccddeeff" + b"petrovich.ru".hex()]
 
 
+def test_rows_that_are_kept_follow_numbers_addresses_and_detected_hosts(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of idle users costs little; nothing of that may be seen in the answers."""
+    before = desk.data("/v1/users")
+    assert desk.data("/v1/users") == before
+    alice = desk.port.users["alice"]
+    alice.stats.octets_to_client = alice.used = 7
+    changed = desk.data("/v1/users")
+    assert (changed[0]["total_octets"], changed[0]["quota_used_bytes"], changed[1]) == (7, 7, before[1])
+    alice.ips = {"10.0.0.1": 1}
+    assert desk.data("/v1/users")[0]["active_unique_ips_list"] == ["10.0.0.1"]
+    alice.ips = {}
+    assert desk.data("/v1/users") == changed
+    monkeypatch.setattr(desk.port, "links", lambda name: telemt.user_links(desk.port.settings, "0" * 32, "198.51.100.1", 443))
+    assert "server=198.51.100.1&" in desk.data("/v1/users/alice")["links"]["tls"][0]       # detected after the first answer
+    assert all("server=198.51.100.1&" in user["links"]["tls"][0] for user in desk.data("/v1/users"))
+
+
 def test_qr_codes(make: Callable[[str], Desk]) -> None:
     desk = make('[general.modes]\nclassic = true\n[censorship]\ntls_domain = "a.example"\ntls_domains = ["b.example", "c.example"]\n')
     links = desk.data("/v1/users/bob")["links"]

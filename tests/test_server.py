@@ -659,7 +659,7 @@ class FakeSession:
 
     def close(self, error):
         self.closed += 1
-        self.ticket.release(1.0)
+        self.ticket.release()
         self.server.places.give(self)
 
 
