@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import socket
 import threading
@@ -130,6 +131,61 @@ def test_slow_requests_hold_up_nobody(serve: Callable[..., int], rig: Rig) -> No
         client.close()
         for sock in socks:
             sock.close()
+
+
+def test_ten_seconds_and_no_longer(serve: Callable[..., int], rig: Rig) -> None:
+    """The deadlines of the whole program, all at once beside a session: half a head, half a body, half a chunk are 408; while another
+    program never stops writing the file, changes are 409, and who waits for them longer than 10 s is told so (api.md 4, 12, 14.1)."""
+    port = serve()
+    path, stop = rig.proxies[-1].config, threading.Event()
+    text = path.read_text()
+    halves = [b"GET /v1/he", b"POST /v1/users HTTP/1.1\r\nContent-Length: 30\r\n\r\n{",
+              b"POST /v1/users HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"]
+    answers: list[tuple[bytes, float]] = []
+    changes: list[tuple[int, str, str]] = []
+
+    def hesitate(half: bytes) -> None:
+        sock, begin = knock(port), time.monotonic()
+        sock.sendall(half)
+        answers.append((read_all(sock), time.monotonic() - begin))
+        sock.close()
+
+    def write() -> None:
+        for number in itertools.count():
+            if stop.wait(0.004):
+                return
+            new = path.with_name("config.toml.new")
+            new.write_text(f"{text}\n# {number}\n")
+            new.replace(path)
+
+    def change(number: int) -> None:
+        with contextlib.closing(ApiClient(port)) as client:
+            reply = client.call("POST", "/v1/users", {"username": f"user{number}"})
+            changes.append((201, "", "") if reply.status == 201 else reply.error)
+
+    def attack() -> None:
+        threads = [*(threading.Thread(target=hesitate, args=(half,)) for half in halves),
+                   *(threading.Thread(target=change, args=(number,)) for number in range(7))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        stop.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        transfer_beside(rig, attack)
+    finally:
+        stop.set()
+        writer.join()
+    assert len(answers) == 3 and all(b'"code":"request_timeout"' in answer and answer.startswith(b"HTTP/1.1 408 ") and seconds > 9
+                                     for answer, seconds in answers), answers
+    assert len(changes) == 7 and (500, "internal_error", "another change is still being written") in changes, changes
+    assert {status for status, _, _ in changes} <= {201, 409, 500}
+    assert rig.proxies[-1].config.read_text().startswith(text)
+    with contextlib.closing(ApiClient(port)) as client:
+        assert client.call("POST", "/v1/users", {"username": "late"}).status == 201          # nobody keeps the lock
 
 
 @pytest.mark.parametrize(("data", "status"), [
