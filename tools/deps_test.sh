@@ -8,6 +8,7 @@ set -u
 # command : package
 WANTED="nginx:nginx-light haproxy:haproxy microsocks:microsocks danted:dante-server sshd:openssh-server ssh:openssh-client
         tshark:tshark promtool:prometheus ip:iproute2 curl:curl openssl:openssl shellcheck:shellcheck systemd-analyze:systemd
+        nft:nftables unshare:util-linux
         chromium:chromium"
 
 PATH="$PATH:/usr/sbin:/sbin"
