@@ -107,6 +107,7 @@ def _leave_early(_signum: int, _frame: object) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGHUP, signal.SIG_IGN)     # never fatal, from the first moment (config.md 8 item 2); outlives the restart
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)    # the same: it is for programs that serve
     signal.signal(signal.SIGINT, _leave_early)       # while this file is being compiled, nobody can help: they kill
     signal.signal(signal.SIGTERM, _leave_early)
     _start_afresh()
@@ -143,7 +144,7 @@ import struct
 import time
 import tomllib
 import zlib
-from collections.abc import Callable, Container, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar, assert_never
 
 if TYPE_CHECKING:
@@ -9121,7 +9122,14 @@ class NetworkView:
 
     def _on_again(self) -> None:
         self._again = None
-        self._ask(list(self._wishes))
+        if self._wishes:
+            self._ask(list(self._wishes))
+
+    def retire(self) -> None:
+        """Ask no more."""
+        self._wishes.clear()
+        if self._again is not None:
+            self._again.cancel()
 
     def _release_readers(self) -> None:
         readers, self._readers = self._readers, []
@@ -9763,6 +9771,10 @@ class Health:
         if self._up.routes:
             self._up.loop.call_later(self._period_s, self._on_timer)
 
+    def retire(self) -> None:
+        """Check no more."""
+        self._period_s = math.inf
+
     def worked(self, route: Route, dc: int, target: Target) -> None:
         """An address answered: the next check of its group begins behind it."""
         v6 = ":" in target[0]
@@ -9771,6 +9783,8 @@ class Health:
             self._start_at[route, dc, v6] = mates.index(target) + 1
 
     def _on_timer(self) -> None:
+        if self._period_s == math.inf:
+            return
         self._up.loop.call_later(self._period_s, self._on_timer)
         for route in self._up.routes:
             if route not in self._left:
@@ -10968,6 +10982,20 @@ class Pool:
         if rtt_ms is not None:
             self.planner.on_pong(self.loop.now, link.id, rtt_ms)
 
+    def retire(self) -> None:
+        """Keep the links that sessions are bound to, and neither open nor replace any more."""
+        self._planned = True                   # for ever: nobody plans
+        if self._wake is not None:
+            self._wake.cancel()
+        for link_id, link in list(self.links.items()):
+            if not link.bound:
+                del self.links[link_id]
+                link.close()
+
+    def is_warm(self) -> bool:
+        """True if a link is ready."""
+        return any(link.inlet is not None for link in self.links.values())
+
     def _queued(self, link_id: int) -> int:
         link = self.links.get(link_id)
         return link.out.queued if link is not None and link.out is not None else 0
@@ -11053,6 +11081,12 @@ class Directory:
         for family in self.rules:
             self.fetch(self._list_url(family), LIST_BODY_MAX, functools.partial(self._on_first_list, family))
         self._arm()
+
+    def retire(self) -> None:
+        """Fetch no more."""
+        self.fetch = _fetch_nothing
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _get_secret(self) -> None:
         self.fetch(self.general.proxy_secret_url or SECRET_URL, SECRET_BODY_MAX, self._on_first_secret)
@@ -11260,6 +11294,10 @@ class Directory:
 
         if path and data:
             self.loop.offload(work, done)
+
+
+def _fetch_nothing(_url: str, _limit: int, _done: Callable[[Download | Exception], None]) -> None:
+    """For a directory that is not read any more."""
 
 
 def read_small_file(path: str, limit: int) -> bytes:
@@ -11744,6 +11782,12 @@ class Observer:
                 self._write(self.general.beobachten_file, self.seen.rows())
             except OSError as error:
                 self._report(error)
+
+    def retire(self) -> None:
+        """Write no more: the file is another's."""
+        self._due_at = -math.inf
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _forget(self) -> None:
         self.seen.forget(self.loop.now, self.general.beobachten_minutes * 60)
@@ -13673,6 +13717,8 @@ log_session: Final = Log("session")
 FDS_WANTED: Final = 4096
 SLOTS_MAX: Final = 10_000                # connections at once, as in 3.2.1 (client-protocol.md D2)
 _SWEEP_S: Final = 10.0                   # idle and expiry rules are enforced this precisely (upstream-and-relay.md D23)
+_WARM_UP_S: Final = 10.0                 # a new program waits so long for its first link before it says that it is ready
+_WARM_LOOK_S: Final = 0.1
 _STOP_FLUSH_S: Final = 1.0               # bytes queued for clients may still go out for so long (config.md 8 item 17)
 _STOP_LIMIT_S: Final = 3.5               # whatever hangs, the process is gone 4 s after SIGTERM
 
@@ -13689,7 +13735,9 @@ class Places:
         self.cap, self._on_full = cap, on_full
         self.owners: set[Connection] = set()
         self.listeners: list[Listener] = []
-        self.closed = False                    # the process stops: nobody comes in any more
+        self.closed = False                    # the process stops or drains: nobody comes in any more
+        self.draining = False                  # another program accepts; who is here may stay
+        self.resting = False                   # nobody is let in for a moment
         self.spare: SpareDescriptor | None = None
         self.unix_count = 0                    # connections that the unix listener accepted, ever
         self._unix_file: tuple[str, int] | None = None       # path and inode of our unix socket
@@ -13712,8 +13760,8 @@ class Places:
         self.owners.add(new)
 
     def claim(self, path: str) -> None:
-        """A unix socket of ours lies at `path` now."""
-        self._unix_file = path, os.lstat(path).st_ino
+        """A unix socket of ours lies at `path` now; empty: it is not ours any more."""
+        self._unix_file = (path, os.lstat(path).st_ino) if path else None
 
     def close_listeners(self) -> None:
         """Let nobody in any more; the file of our unix socket goes too, unless it is another's by now."""
@@ -13725,6 +13773,12 @@ class Places:
             if self._unix_file is not None and os.lstat(self._unix_file[0]).st_ino == self._unix_file[1]:
                 os.unlink(self._unix_file[0])
 
+    def rest(self, on: bool) -> None:
+        """Leave everybody who comes in the queues of the listening sockets, or go on."""
+        self.resting = on
+        for listener in self.listeners:
+            (listener.pause if on or self._full else listener.resume)()
+
     def _balance(self) -> None:
         full = len(self.owners) >= self.cap
         if full == self._full:
@@ -13733,7 +13787,7 @@ class Places:
         if full and self._warned.ready():
             log_server.warn("Connection limit reached", limit=self.cap)
         for listener in self.listeners:
-            (listener.pause if full else listener.resume)()
+            (listener.pause if full or self.resting else listener.resume)()
         self._on_full(full)
 
 
@@ -13818,6 +13872,8 @@ class Server:
         self.quotas = QuotaState(loop, self.doorman.users, settings.general.quota_state_path)
         self.answers = AnswerBudget(memory_size())
         self.desyncs = DesyncLog(self.counters.me)
+        self.heritage = Heritage({}, 0)
+        self._middle_started = False
         self.pool: Pool | None = None
         self.directory: Directory | None = None
         if settings.general.use_middle_proxy:
@@ -13844,7 +13900,6 @@ class Server:
         """IPv4 and IPv6 that clients can reach us at, as far as known."""
         return self.network.seen()
 
-
     def open_listeners(self) -> Iterator[tuple[ListenerEntry, int]]:
         """Bind every configured TCP listener, one a step; yield the ones that work, with their real port."""
         network, port = self.settings.network, self.settings.server.port
@@ -13854,7 +13909,7 @@ class Server:
                 log_server.warn("Skipping IPv%d listener: IPv%d disabled by [network]", family, family, addr=ip)
                 continue
             try:
-                sock = bind_tcp(ip, port, entry.reuse_allow)
+                sock = self.heritage.take("clients", ip, port) or bind_tcp(ip, port, entry.reuse_allow)
             except OSError as error:
                 report_bind_failure(ip, port, entry.reuse_allow, error)
                 continue
@@ -13866,12 +13921,31 @@ class Server:
             log_server.info("Listening on %s", format_address(ip, listener.address[1]))
             yield entry, listener.address[1]
 
+    def warm_up(self, done: Callable[[], None]) -> None:
+        """Call back when there is a link to the middle end, if one is wanted, at most ten seconds from now."""
+        if self.pool is None:
+            self.loop.defer(done)
+            return
+        self.start_middle()
+        self._wait_for_link(self.pool, self.loop.now + _WARM_UP_S, done)
+
+    def _wait_for_link(self, pool: Pool, until_at: float, done: Callable[[], None]) -> None:
+        if pool.is_warm() or self.loop.now >= until_at:
+            done()
+        else:
+            self.loop.call_later(_WARM_LOOK_S, functools.partial(self._wait_for_link, pool, until_at, done))
+
+    def start_middle(self) -> None:
+        """Begin to build links to the middle end, unless they are being built."""
+        if self.pool is not None and self.directory is not None and not self._middle_started:
+            self._middle_started = True
+            self.pool.on_families()
+            self.directory.start()
+
     def accept(self) -> None:
         """Let clients in, and begin what runs beside them."""
         self.fronts.start()
-        if self.pool is not None and self.directory is not None:
-            self.pool.on_families()
-            self.directory.start()
+        self.start_middle()
         for listener in self.places.listeners:
             listener.resume()
         self.sources.stage = "ready"
@@ -13932,7 +14006,7 @@ class Server:
         path, mode = self.settings.server.listen_unix_sock, self.settings.server.listen_unix_sock_perm
         if not path:
             return
-        sock = bind_unix(path)
+        sock = self.heritage.take("clients", path) or bind_unix(path)
         note = set_unix_mode(path, mode) if mode is not None else ""
         sock.listen(1024)                      # nobody comes in before the mode is set
         self.places.listeners.append(Listener(self.loop, sock, self._on_unix_accept, self.places.spare))
@@ -13986,14 +14060,32 @@ class Server:
         if self.stopping and not self.places.owners:
             self.loop.stop()
 
+    def retire(self) -> None:
+        """Another program accepts at our sockets: carry whom we have to their end, and leave the loop with the last of them."""
+        self.places.claim("")
+        self.places.close_listeners()
+        self.places.draining = True
+        self.sources.admit(False, "reason=exchange")
+        self.quotas.retire()
+        self.masks.observer.retire()
+        self.fronts.close()
+        self.upstreams.health.retire()
+        self.network.retire()
+        if self.pool is not None and self.directory is not None:
+            self.directory.retire()
+            self.pool.retire()
+
     def stop(self) -> None:
         """Stop accepting, flush what waits for clients for at most a second, then leave the loop."""
-        if self.stopping:
+        draining = self.places.draining
+        if self.stopping and not draining:
             return
+        self.places.draining = False
         log_server.info("Shutting down...")
-        self.places.close_listeners()
-        self.masks.observer.flush()
-        self.sources.admit(False, "reason=stop")
+        if not draining:                       # what is written here is another's otherwise
+            self.places.close_listeners()
+            self.masks.observer.flush()
+            self.sources.admit(False, "reason=stop")
         for owner in list(self.places.owners):
             if isinstance(owner, (DirectRelay, MiddleRelay)):
                 owner.drain()
@@ -14429,6 +14521,19 @@ class QuotaState:
                 raise
         return write
 
+    def write_down(self) -> Callable[[], None]:
+        """Note the numbers of this moment; returns what writes them, if they are not written yet, for another thread.
+
+        It raises OSError.
+        """
+        return self._take() if self.path is not None and (self._timer is not None or self._writing) else lambda: None
+
+    def retire(self) -> None:
+        """Write no more: the file is another's."""
+        self.path = None
+        if self._timer is not None:
+            self._timer.cancel()
+
     def close(self) -> None:
         """Write what is not written yet; the loop has ended."""
         if self.path is not None and (self._timer is not None or self._writing):
@@ -14515,13 +14620,19 @@ class Reloader:
         self._looks = 0
         self._reading = False                              # a helper thread has the files
         self._again: list[bool] = []                       # asked for meanwhile; True = by SIGHUP
+        self._retired = False
 
     def start(self) -> None:
         """Begin to look."""
         self.server.loop.call_later(_LOOK_S, self._look)
 
+    def retire(self) -> None:
+        """Look no more: the file is another's."""
+        self._retired = True
+
     def hang_up(self) -> None:
         """SIGHUP."""
+        tell_manager("RELOADING=1", timed=True)
         log_reload.info('SIGHUP received \u2014 reloading "%s"', self._shown)
         self._read(True)
 
@@ -14534,6 +14645,8 @@ class Reloader:
     # -- looking
 
     def _look(self) -> None:
+        if self._retired:
+            return
         self.server.loop.call_later(_LOOK_S, self._look)
         self._looks += 1
         if self._reading:
@@ -14562,6 +14675,8 @@ class Reloader:
 
     def _on_read(self, loud: bool, result: tuple[Reading, Loaded | OSError | ConfigError] | Exception) -> None:
         self._reading = False
+        if self._retired:
+            return
         if self._again:                                    # stale, or wanted again: what is there now counts
             loud = loud or any(self._again)
             self._again = []
@@ -14579,6 +14694,8 @@ class Reloader:
             self._refuse("validation failed: [access.users] is missing; keeping old config", loud)
         elif loud or self._seen != self._applied or self._reported:
             self._put(found, self._seen)
+        if loud:
+            tell_manager("READY=1")
 
     def _refuse(self, reason: str, loud: bool) -> None:
         """Keep what is in force; say why, once per content."""
@@ -14657,6 +14774,16 @@ class Control:
         self.version = VERSION
         self.log = Log("api")
         self.config_error: type[Exception] = ConfigError
+        self.listening: list[int] = []         # descriptors of API and metrics; their threads add to it
+
+    def inherited(self, host: str, port: int) -> int:
+        """Descriptor of the listening socket of this address that the program before us handed over, ours from now on; -1: none."""
+        sock = self._server.heritage.take("control", host, port)
+        return -1 if sock is None else sock.detach()
+
+    def listens(self, fd: int) -> None:
+        """This socket listens for API or metrics: an exchange of programs hands it on."""
+        self.listening.append(fd)
 
     @property
     def settings(self) -> Settings:
@@ -14760,6 +14887,401 @@ class Control:
                 for link in user_links(settings, secret, _escape_host(host), self._server.port if port is None else port)]
 
 
+# -- exchange of programs: SIGUSR2
+#
+# A new program, read from disk at that moment, takes over our listening sockets.  They are never closed, both programs hold the
+# same ones: while neither accepts, who connects waits in the kernel's queue.  The two talk over a pair of sockets, a word a line:
+#
+#   new  ready       the configuration is read, all sockets are there, the first link to the middle end stands
+#   old  clients     nobody is accepted here any more, and what has to be kept is on disk
+#   new  accepting   that file is read: from now on the old program only drains
+#   old  control     API and metrics are closed here
+#
+# Up to `accepting` the old program can take everything back, and does so when the new one ends, says something else, or takes
+# too long.  After it the old one writes no file, reads no configuration and asks nobody anything.
+#
+# Who watches over us knows one process.  systemd is told the new one (MAINPID).  For all others (a container, procd, a shell)
+# the first program stays when it has drained, as a caretaker of a few lines: it passes signals on, and ends when the last
+# program ends.  It learns of them through its lifeline, a pipe whose other end each program hands to the next.
+
+HANDED: Final = "TELEMT_HANDED"          # environment of a new program: `name=values` that Heritage reads
+_EXCHANGE_S: Final = 60.0                # a router needs twenty seconds to compile us; then the new one is killed
+DRAIN_S: Final = 600                     # what sessions get of the old program; TELEMT_DRAIN says otherwise
+_SAID_MAX: Final = 20                    # lines of a failing program that are logged
+_CARETAKER: Final = """\
+import os, signal, sys
+lifeline, heir, code = int(sys.argv[1]), int(sys.argv[2]), 1
+def pass_on(signum, _frame):
+    try:
+        os.kill(heir, signum)
+    except OSError:
+        pass
+for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    signal.signal(signum, pass_on)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
+try:
+    with open("/proc/self/comm", "w") as comm:
+        comm.write("telemt")
+except OSError:
+    pass
+for line in open(lifeline):
+    word, number = line.split()
+    if word == "heir":
+        heir = int(number)
+    else:
+        code = int(number)
+os._exit(code)
+"""
+
+
+def tell_manager(text: str, timed: bool = False) -> None:
+    """Tell systemd how we are, if it wants to know (sd_notify(3)).  timed: with the time, as RELOADING wants it."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path:
+        return
+    if timed:
+        text += f"\nMONOTONIC_USEC={time.monotonic_ns() // 1000}"
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.setblocking(False)
+        sock.sendto(text.encode(), f"\0{path[1:]}" if path[0] == "@" else path)
+
+
+class Heritage:
+    """What we were handed at our start: listening sockets, and the way to talk to the program before us.  As a rule, nothing."""
+
+    def __init__(self, environ: MutableMapping[str, str], pid: int) -> None:
+        """Take it out of `environ`: our own note, and sockets of systemd for the process `pid` (sd_listen_fds(3))."""
+        note = dict(word.split("=", 1) for word in environ.pop(HANDED, "").split("\t") if word)
+        self.talk, self.life, self.stderr = (int(note.get(name) or "-1") for name in ("talk", "life", "stderr"))
+        self.cwd = note.get("cwd", "")         # where the arguments count from, if not where we are
+        self.users_explicit = note.get("users", "") == "explicit"
+        self._left = {name: [socket.socket(fileno=int(fd)) for fd in note.get(name, "").split(",") if fd]
+                      for name in ("clients", "control")}
+        for fd in (self.talk, self.life, self.stderr, *(sock.fileno() for socks in self._left.values() for sock in socks)):
+            if fd >= 0:
+                os.set_inheritable(fd, False)
+        if environ.get("LISTEN_PID") == str(pid):
+            with contextlib.suppress(OSError, ValueError):
+                self._left["clients"] = self._left["control"] = [self._listening(3 + n) for n in range(int(environ["LISTEN_FDS"]))]
+            for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+                environ.pop(name, None)
+        self._begin: Callable[[], None] | None = None
+        self._open_control: Callable[[], None] = lambda: None
+        self._loop: Loop | None = None
+
+    @staticmethod
+    def _listening(fd: int) -> socket.socket:
+        os.set_inheritable(fd, False)
+        return socket.socket(fileno=fd)
+
+    @property
+    def replaces(self) -> bool:
+        """True if there is a program whose place we take."""
+        return self.talk >= 0
+
+    def take(self, kind: str, host: str, port: int = -1) -> socket.socket | None:
+        """A listening socket of this address for `clients` or `control`, ours from now on; host: a path for a unix socket."""
+        socks = self._left[kind]
+        for sock in socks:
+            name = sock.getsockname()
+            same = name == host if isinstance(name, str) else port in (0, name[1]) and parse_ip(name[0]) == parse_ip(host)
+            if same:
+                socks.remove(sock)
+                sock.setblocking(kind == "control")
+                return sock
+        return None
+
+    def drop_rest(self, kind: str) -> None:
+        """Close what the configuration does not want any more."""
+        for sock in self._left[kind]:
+            log_exchange.info("Not listening on %s any more", sock.getsockname())
+            sock.close()
+        self._left[kind].clear()
+
+    # -- taking over
+
+    def take_over(self, loop: Loop, begin: Callable[[], None], open_control: Callable[[], None]) -> None:
+        """Say that we are ready; begin() is called when clients are ours, open_control() when API and metrics are."""
+        self._loop, self._begin, self._open_control = loop, begin, open_control
+        loop.watch(self.talk, READ, self._on_talk)
+        os.write(self.talk, b"ready\n")
+
+    def _on_talk(self, _mask: int) -> None:
+        assert self._loop is not None
+        words = os.read(self.talk, 4096).decode().split()
+        if "clients" in words and self._begin is not None:
+            self._begin()
+            self._begin = None
+            self.drop_rest("clients")
+            os.write(self.talk, b"accepting\n")
+            if self.stderr >= 0:               # ours; up to now the program before us read it
+                os.dup2(self.stderr, 2)
+                os.close(self.stderr)
+                self.stderr = -1
+        if words and "control" not in words:
+            return
+        self._loop.unwatch(self.talk, READ)
+        os.close(self.talk)
+        self.talk = -1
+        if self._begin is None:                # should it have ended without the last word, all is ours as well
+            self._open_control()
+            self.drop_rest("control")
+        else:
+            log_exchange.error("The program before us has ended before we could take over")
+            self._loop.stop()
+
+
+class Heir:
+    """A program that was started to take our place."""
+
+    def __init__(self, loop: Loop, command: Sequence[str], handed: Mapping[str, Sequence[int]], facts: Sequence[str],
+                 on_word: Callable[[Heir, str], None], on_end: Callable[[Heir, str], None]) -> None:
+        """Start it with copies of the descriptors `handed`.  on_end(self, why) is called when it has ended.  Raises OSError."""
+        self._loop, self._on_word, self._on_end = loop, on_word, on_end
+        self._said: list[str] = []             # on its stderr
+        self.talk, theirs = socket.socketpair()
+        self._stderr, outlet = os.pipe()
+        copies: list[int] = []
+        note = [*facts]
+        try:
+            for name, fds in {**handed, "talk": [theirs.fileno()], "stderr": [2] if sys.stderr else []}.items():
+                first = len(copies)
+                copies += (fcntl.fcntl(fd, fcntl.F_DUPFD, 3) for fd in fds)        # not closed by exec
+                note.append(f"{name}={','.join(map(str, copies[first:]))}")
+            self.pid = os.posix_spawn(command[0], list(command[1:]), {**os.environ, HANDED: "\t".join(note)},
+                                      file_actions=[(os.POSIX_SPAWN_DUP2, outlet, 2)])
+        except OSError:
+            self.talk.close()
+            os.close(self._stderr)
+            raise
+        finally:
+            theirs.close()
+            for fd in (*copies, outlet):
+                os.close(fd)
+        loop.watch(self.talk.fileno(), READ, self._on_talk)
+        loop.watch(self._stderr, READ, self._on_stderr)
+        loop.offload(functools.partial(os.waitpid, self.pid, 0), self._on_exit)
+
+    def tell(self, word: str) -> None:
+        """Say a word to it; one that has ended is noticed elsewhere."""
+        with contextlib.suppress(OSError):
+            os.write(self.talk.fileno(), f"{word}\n".encode())
+
+    def release(self) -> None:
+        """All is said."""
+        if self.talk.fileno() >= 0:
+            self._loop.unwatch(self.talk.fileno(), READ)
+            self.talk.close()
+        if self._stderr >= 0:
+            self._loop.unwatch(self._stderr, READ)
+            os.close(self._stderr)
+            self._stderr = -1
+
+    def kill(self) -> None:
+        """End it."""
+        with contextlib.suppress(OSError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def _on_talk(self, _mask: int) -> None:
+        words = os.read(self.talk.fileno(), 4096).decode().split()
+        if not words:                          # it has ended, or ends: _on_exit tells why
+            self._loop.unwatch(self.talk.fileno(), READ)
+        for word in words:
+            self._on_word(self, word)
+
+    def _on_stderr(self, _mask: int) -> None:
+        text = os.read(self._stderr, 65_536)
+        if not text:
+            self._loop.unwatch(self._stderr, READ)
+            os.close(self._stderr)
+            self._stderr = -1
+        self._said += [line for line in text.decode("utf-8", "replace").splitlines() if line.strip()]
+        del self._said[:-_SAID_MAX]
+
+    def _on_exit(self, result: tuple[int, int] | Exception) -> None:
+        while self._stderr >= 0:
+            self._on_stderr(READ)
+        code = os.waitstatus_to_exitcode(result[1]) if isinstance(result, tuple) else 0
+        for line in self._said[:-1]:
+            log_exchange.warn("New program: %s", line)
+        why = f"it ended with exit code {code}" if code >= 0 else f"it was ended by signal {-code}"
+        self.release()
+        self._on_end(self, f"{why}: {self._said[-1]}" if self._said else why)
+
+
+class Exchange:
+    """Replaces this program by a new one on the same sockets, at SIGUSR2."""
+
+    def __init__(self, server: Server, reloader: Reloader, control: Control, command: Sequence[str], cwd: str) -> None:
+        """command: what starts the program, interpreter first, then its argv.  cwd: where its arguments count from, if not here."""
+        self.server, self.reloader, self.control, self.command, self._cwd = server, reloader, control, command, cwd
+        self.stop_control: Callable[[bool], None] = lambda handed_on: None
+        self.life = server.heritage.life       # we tell our caretaker about our heir; -1: nobody takes care of us
+        self._lifeline = -1                    # we are the caretaker to be: what our heirs tell us
+        self.successor = 0                     # process that accepts now, 0 = we do
+        self._heir: Heir | None = None
+        self._limit: Timer | None = None
+
+    def begin(self) -> None:
+        """SIGUSR2: start the new program."""
+        if self.successor:
+            self._pass_on(signal.SIGUSR2)
+        elif self._heir is not None or self.server.stopping:
+            log_exchange.warn("SIGUSR2 ignored: %s", "the program stops" if self.server.stopping else "a new program is being started")
+        else:
+            log_exchange.info("SIGUSR2 received: starting the program anew")
+            tell_manager("RELOADING=1", timed=True)
+            try:
+                self._start()
+            except OSError as error:
+                self._fail(f"it cannot be started: {error.strerror}")
+
+    def stop(self, signum: int) -> None:
+        """SIGTERM or SIGINT: everything ends that is ours."""
+        if self._heir is not None:
+            self._heir.kill()
+        if self.successor:
+            self._pass_on(signum)
+        else:
+            tell_manager("STOPPING=1")
+        self.server.stop()
+
+    def hang_up(self) -> None:
+        """SIGHUP, for who serves."""
+        if self.successor:
+            self._pass_on(signal.SIGHUP)
+        else:
+            self.reloader.hang_up()
+
+    def leave(self, code: int) -> int:
+        """The loop has ended: return the exit code, or become the caretaker of who comes after us."""
+        if self._lifeline >= 0 and self.successor:
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR2))
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for order in self.server.loop.mailbox.take():      # a signal that came after the last turn; later ones wait for the caretaker
+                self.server.loop.call(order)
+            os.set_inheritable(self._lifeline, True)
+            os.execv(sys.executable, [self.command[1], "-I", "-S", "-c", _CARETAKER, str(self._lifeline), str(self.successor)])
+        if self.life >= 0 and not self.successor:
+            os.write(self.life, f"code {code}\n".encode())
+        return code
+
+    # -- up to `accepting`
+
+    def _start(self) -> None:
+        loop = self.server.loop
+        handed: dict[str, Sequence[int]] = {
+            "clients": [listener.fd for listener in self.server.places.listeners],
+            "control": self.control.listening}
+        lifeline = os.pipe() if self.life < 0 and "NOTIFY_SOCKET" not in os.environ else (-1, self.life)
+        facts = [f"users={'explicit' if self.reloader.loaded.users_explicit else 'none'}", *([f"cwd={self._cwd}"] * bool(self._cwd))]
+        try:
+            if lifeline[1] >= 0:
+                handed["life"] = [lifeline[1]]
+            self._heir = Heir(loop, self.command, handed, facts, self._on_word, self._on_end)
+        finally:
+            if lifeline[0] >= 0:
+                os.close(lifeline[1])
+                self._lifeline = lifeline[0]
+        self._limit = loop.call_later(_EXCHANGE_S, self._on_limit)
+
+    def _on_word(self, heir: Heir, word: str) -> None:
+        if word == "ready":
+            self.server.places.rest(True)
+            self.server.loop.offload(self.server.quotas.write_down(), functools.partial(self._on_written, heir))
+        elif word == "accepting":
+            self._drain(heir)
+
+    def _on_written(self, heir: Heir, result: Exception | None) -> None:
+        if isinstance(result, Exception):
+            log_exchange.warn("Failed to write quota state file", error=result)
+        if heir is self._heir:
+            heir.tell("clients")
+
+    def _on_limit(self) -> None:
+        if self._heir is not None:
+            self._fail(f"it was not ready within {_EXCHANGE_S:g} s")
+
+    def _on_end(self, heir: Heir, why: str) -> None:
+        if heir is self._heir:
+            self._fail(why)
+        elif heir.pid == self.successor:
+            log_exchange.debug("The program after us: %s", why)
+
+    def _fail(self, why: str) -> None:
+        """Everything stays as it was."""
+        log_exchange.error("The new program does not take over: %s; this one goes on", why)
+        heir, self._heir = self._heir, None
+        if heir is not None:
+            heir.kill()
+            heir.release()
+        if self._limit is not None:
+            self._limit.cancel()
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+        self.server.places.rest(False)
+        tell_manager("READY=1\nSTATUS=The last exchange of programs failed, see the log")
+
+    # -- afterwards
+
+    def _drain(self, heir: Heir) -> None:
+        loop, self._heir, self.successor = self.server.loop, None, heir.pid
+        if self._limit is not None:
+            self._limit.cancel()
+        tell_manager(f"MAINPID={heir.pid}\nREADY=1\nSTATUS=")
+        if self.life >= 0:
+            with contextlib.suppress(OSError):           # our caretaker was killed
+                os.write(self.life, f"heir {heir.pid}\n".encode())
+        if self._lifeline >= 0:
+            loop.watch(self._lifeline, READ, self._on_lifeline)
+        limit_s = drain_limit()
+        log_exchange.info("Process %d accepts now; this one carries its %d sessions to their end, at most %d s", heir.pid,
+                          len(self.server.places.owners), limit_s)
+        self.reloader.retire()
+        self.server.places.take(self)          # like a session: the loop turns until API and metrics are closed
+        self.server.retire()
+        loop.call_later(limit_s, self._on_drained)
+        stop, self.stop_control = self.stop_control, lambda handed_on: None
+        loop.offload(functools.partial(stop, True), functools.partial(self._on_control_stopped, heir))
+
+    def _on_control_stopped(self, heir: Heir, _result: Exception | None) -> None:
+        heir.tell("control")
+        heir.release()
+        self.server.ended(self)
+
+    def close(self, error: Exception | None) -> None:
+        """Nothing: as a Connection we end by ourselves."""
+
+    def _on_drained(self) -> None:
+        log_exchange.info("Drain limit reached: closing %d sessions", len(self.server.places.owners))
+        self.server.stop()
+
+    def _on_lifeline(self, _mask: int) -> None:
+        words = os.read(self._lifeline, 4096).decode().split()
+        for word, number in itertools.pairwise(words):
+            if word == "heir":
+                self.successor = int(number)
+        if not words:                          # nobody is left
+            self.server.loop.unwatch(self._lifeline, READ)
+
+    def _pass_on(self, signum: int) -> None:
+        """To who serves, if the signal was meant for all of us."""
+        if self._lifeline >= 0:
+            with contextlib.suppress(OSError):
+                os.kill(self.successor, signum)
+        else:
+            log_exchange.info("Signal %d: process %d serves, this one drains", signum, self.successor)
+
+
+def drain_limit() -> int:
+    """Seconds that sessions of a replaced program get."""
+    text = os.environ.get("TELEMT_DRAIN", "")
+    return int(text) if text.isascii() and text.isdigit() else DRAIN_S
+
+
+log_exchange: Final = Log("exchange")
 log_server: Final = Log("server")
 log_reload: Final = Log("config")
 log_links: Final = Log("links")
@@ -15587,7 +16109,9 @@ usage: telemt.py [CONFIG] [options]
        telemt.py healthcheck [CONFIG]                    for containers: ping the own listener
        telemt.py top [CONFIG] [--once] [--interval S]    who is online, how much they pull
 
-environment: RUST_LOG=LEVEL wins over --log-level; TELEMT_CRYPTO=cryptography|libcrypto|pycryptodome|python forces a backend
+environment: RUST_LOG=LEVEL wins over --log-level; TELEMT_CRYPTO=cryptography|libcrypto|pycryptodome|python forces a backend;
+             TELEMT_DRAIN=SECONDS for the sessions of a program that SIGUSR2 replaced (600)
+signals:     SIGHUP reads the configuration again; SIGUSR2 starts the program anew on the same sockets, and nobody is lost
 """
 _SUBCOMMANDS: Final = ("check", "ping", "links", "healthcheck", "top")
 _LEVELS: Final = {"debug": Level.TRACE, "verbose": Level.DEBUG, "normal": Level.INFO, "silent": Level.WARN}
@@ -15861,23 +16385,57 @@ def hash_with_openssl() -> None:
         importlib.reload(hashlib)
 
 
-def arm_signals(loop: Loop, stop: Callable[[], None], hang_up: Callable[[], None]) -> None:
-    """First SIGINT or SIGTERM: stop in order; a second one kills.  SIGHUP reloads, an early one as soon as the loop turns."""
+class Orders(NamedTuple):
+    """What signals ask for; called on the loop thread."""
+
+    stop: Callable[[int], None]                # SIGINT, SIGTERM
+    hang_up: Callable[[], None]                # SIGHUP
+    exchange: Callable[[], None]               # SIGUSR2
+
+
+def arm_signals(loop: Loop, orders: Orders, twice_s: float = 0.0) -> None:
+    """First SIGINT or SIGTERM: stop in order; a second one kills.  Others as soon as the loop turns.
+
+    twice_s: so soon after the first the second is the same one, from our caretaker and from who signals all of us.
+    """
     def leave(*_: object) -> None:
         os._exit(0)
 
-    def on_stop(*_: object) -> None:           # in the handler itself: the loop may be stuck, in a write to our log for one
-        for signum in (signal.SIGINT, signal.SIGTERM):
+    def on_second(first_at: float, signum: int, _frame: object) -> None:
+        if time.monotonic() >= first_at + twice_s:
             signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+
+    def on_stop(signum: int, _frame: object) -> None:      # in the handler itself: the loop may be stuck, in a write to our log for one
+        second = functools.partial(on_second, time.monotonic()) if twice_s else signal.SIG_DFL
+        for other in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(other, second)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         signal.setitimer(signal.ITIMER_REAL, _STOP_LIMIT_S)
-        loop.call_from_thread(stop)
+        loop.call_from_thread(functools.partial(orders.stop, signum))
 
     signal.signal(signal.SIGALRM, leave)
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.on_signal(signum, on_stop)
-    loop.on_signal(signal.SIGHUP, lambda *_: loop.call_from_thread(hang_up))
+    loop.on_signal(signal.SIGHUP, lambda *_: loop.call_from_thread(orders.hang_up))
+    loop.on_signal(signal.SIGUSR2, lambda *_: loop.call_from_thread(orders.exchange))
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+
+def own_command(cwd: str) -> list[str]:
+    """What starts this program again, as it was started: the interpreter, then its argv; `cwd` is where that was, if not here."""
+    with contextlib.suppress(OSError):
+        cwd = cwd or os.getcwd()
+    argv = list(sys.orig_argv)
+    at = len(argv) - len(sys.argv)
+    if "telemt" in sys._xoptions:              # the image of _start_afresh: back to the file that it was made from
+        argv[at] = str(sys._xoptions["telemt"])
+        del argv[at - 2:at]
+        at -= 2
+    if argv[at] == sys.argv[0] or "telemt" in sys._xoptions:
+        argv[at] = os.path.join(cwd, argv[at])
+    return [sys.executable, *argv]
 
 
 # -- start
@@ -15986,22 +16544,20 @@ def code_from_child(make: Callable[[], Any]) -> Any:
     return marshal.loads(data) if os.waitpid(child, 0)[1] == 0 else None
 
 
-def start_control_plane(server: Server, reloader: Reloader) -> Callable[[], None]:
+def start_control_plane(exchange: Exchange) -> None:
     """Start API and metrics where the configuration wants them; without telemt_api.py the proxy runs on (platform.md 2).
 
-    Returns what stops them; it takes at most a second.
+    exchange.stop_control stops them; it takes at most a second.
     """
-    wanted = server.settings.server
+    wanted = exchange.server.settings.server
     if not (wanted.api.enabled or wanted.metrics_port or wanted.metrics_listen):
-        return lambda: None
+        return
     try:
-        stop: Callable[[], None] = import_apart("telemt_api").start(Control(server, reloader))
+        exchange.stop_control = import_apart("telemt_api").start(exchange.control)
     except ImportError as error:
         missing = error.name or "telemt_api"
         log_cli.warn("control plane not started: %s is missing%s", missing,
                      "" if missing == "telemt_api" else " (OpenWrt: python3-email python3-urllib)")
-        return lambda: None
-    return stop
 
 
 def show_links(server: Server, entry: ListenerEntry, port: int) -> None:
@@ -16046,8 +16602,11 @@ def open_with_links(server: Server) -> bool:
 
 def run(arguments: Arguments) -> int:
     """Serve until a signal; return the exit code."""
+    heritage = Heritage(os.environ, os.getpid())
+    if heritage.cwd:
+        os.chdir(heritage.cwd)
     path = arguments.config
-    if not os.path.lexists(path):
+    if not os.path.lexists(path) and not heritage.replaces:
         try:
             write_default_config(path)
         except OSError as error:
@@ -16055,40 +16614,50 @@ def run(arguments: Arguments) -> int:
             return 1
         complain(f"[telemt] Created default config at {path}")
     try:
-        reading = read_config(os.path.abspath(path))
+        reading = read_stable(os.path.abspath(path), time.sleep) if heritage.replaces else read_config(os.path.abspath(path))
         loaded = load_reading(reading)
+        if heritage.users_explicit and not loaded.users_explicit:
+            raise ConfigError("[access.users] is missing")     # as a reload refuses it
     except OSError as error:
         complain(f"[telemt] Error: {path}: {error.strerror} (os error {error.errno})")
         return 1
     except ConfigError as error:
         complain(f"[telemt] {'Invalid config' if error.invalid else 'Error'}: {error}")
         return 1
+    cwd = ""
     with contextlib.suppress(OSError):         # our directory may be gone
         if os.getcwd() == "/":                 # a service manager's default: relative state files belong beside the config
+            cwd = "/"
             os.chdir(os.path.dirname(os.path.abspath(path)))
     try:
-        return serve(loaded, reading, arguments)
+        return serve(loaded, reading, arguments, heritage, cwd)
     finally:
         if isinstance(LogBook.sink, LogSink):
             LogBook.sink.close()
 
 
-def serve(loaded: Loaded, reading: Reading, arguments: Arguments) -> int:
-    """Open everything in the order of config.md 8 item 13 and turn the loop."""
-    settings = loaded.settings
+def open_log_sink(loop: Loop, disable_colors: bool) -> LogSink:
+    """The log on stdout from now on, everything from INFO up."""
     if sys.stdout is None:                     # started with it closed
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - lives as long as we do
     elif isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")      # a name that the terminal cannot show must not end the log
-    colors = sys.stdout.isatty() and "NO_COLOR" not in os.environ and not settings.general.disable_colors
-    threshold = chosen_level(arguments.level, settings.general.log_level)
-    loop = Loop(pick_poller(settings.general.event_loop), time.monotonic)
+    colors = sys.stdout.isatty() and "NO_COLOR" not in os.environ and not disable_colors
     sink = LogSink(sys.stdout.fileno(), colors, sys.stdout.encoding, loop)
     LogBook.sink, LogBook.now, LogBook.threshold = sink, time.monotonic, Level.INFO
-    server: Server | None = None
-    reloader: Reloader | None = None
-    arm_signals(loop, lambda: server.stop() if server is not None else loop.stop(),
-                lambda: reloader.hang_up() if reloader is not None else None)
+    return sink
+
+
+def serve(loaded: Loaded, reading: Reading, arguments: Arguments, heritage: Heritage, cwd: str) -> int:
+    """Open everything in the order of config.md 8 item 13 and turn the loop.  cwd: where the arguments count from, if not here."""
+    settings = loaded.settings
+    threshold = chosen_level(arguments.level, settings.general.log_level)
+    loop = Loop(pick_poller(settings.general.event_loop), time.monotonic)
+    sink = open_log_sink(loop, settings.general.disable_colors)
+    exchange: Exchange | None = None
+    arm_signals(loop, Orders(lambda signum: exchange.stop(signum) if exchange is not None else loop.stop(),
+                             lambda: exchange.hang_up() if exchange is not None else None,
+                             lambda: exchange.begin() if exchange is not None else None), _TWICE_S if heritage.life >= 0 else 0.0)
     try:
         backend = pick_backend(os.environ.get("TELEMT_CRYPTO", ""), log_cli.debug)
     except ConfigError as error:
@@ -16098,28 +16667,59 @@ def serve(loaded: Loaded, reading: Reading, arguments: Arguments) -> int:
     if len(settings.access.users) > _FEW_USERS:
         hash_with_openssl()
     name_process()
-    fd_limit = raise_fd_limit()
-    server = Server(settings, loop, backend, fd_limit, os.environ.get("TELEMT_PATHS", "").split(","))
+    server = Server(settings, loop, backend, raise_fd_limit(), os.environ.get("TELEMT_PATHS", "").split(","))
+    server.heritage = heritage
     print_facts(server)
     for text in missing_parts(settings):
         log_cli.warn("%s", text)
-    server.quotas.load()
     reloader = Reloader(server, loaded, reading, arguments.config, functools.partial(hot_level, arguments.level))
-    stop_control_plane = start_control_plane(server, reloader)
+    exchange = Exchange(server, reloader, Control(server, reloader), own_command(cwd), cwd)
+    if not heritage.replaces:
+        server.quotas.load()
+        start_control_plane(exchange)
+    elif settings.server.api.enabled or settings.server.metrics_port or settings.server.metrics_listen:
+        with contextlib.suppress(ImportError):             # compiled now, started when the program before us has stopped its own
+            import_apart("telemt_api")
     server.network.start()
     if not open_with_links(server):
         return 1
     LogBook.threshold = threshold
-    server.masks.observer.flush()
-    server.accept()
-    server.upstreams.start()
-    reloader.start()
+    if heritage.replaces:
+        server.warm_up(functools.partial(heritage.take_over, loop, functools.partial(begin, exchange, True),
+                                         functools.partial(go_on, exchange)))
+    else:
+        begin(exchange, False)
+        for kind in ("clients", "control"):
+            heritage.drop_rest(kind)
+        tell_manager("READY=1")
     gc.collect()
     gc.freeze()                                # what lives as long as the process need not be walked again
     loop.run()
     server.quotas.close()
-    stop_control_plane()
-    return 0
+    exchange.stop_control(False)
+    sink.close()
+    return exchange.leave(0)
+
+
+def begin(exchange: Exchange, late: bool) -> None:
+    """Let clients in.  late: the program before us has just written what is to be read."""
+    server = exchange.server
+    if late:
+        server.quotas.load()
+    server.masks.observer.flush()
+    server.accept()
+    server.upstreams.start()
+    exchange.reloader.start()
+
+
+def go_on(exchange: Exchange) -> None:
+    """API and metrics are ours as well: the exchange is complete."""
+    start_control_plane(exchange)
+    tell_manager("READY=1")
+    log_cli.info("Took over from the program before")
+
+
+_TWICE_S: Final = 0.5
 
 
 def main(words: Sequence[str]) -> int:

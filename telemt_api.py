@@ -270,6 +270,12 @@ class ControlPort(Protocol):
     def links(self, name: str) -> list[Link]:
         """Links of a user in the order of api.md 10; empty for an unknown user or without any host."""
 
+    def inherited(self, host: str, port: int) -> int:
+        """Descriptor of the listening socket of this address that the program before us handed over, ours from now on; -1: none."""
+
+    def listens(self, fd: int) -> None:
+        """This socket listens for us: an exchange of programs hands it on."""
+
 
 # == 2. views ================================================================
 # One function per resource: plain values in, the `data` of an answer out.  The
@@ -2553,7 +2559,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         request = Request(head, self.peer, self.wire)
         answer = site.answer(request)
-        self.close_connection = answer.close or request.body_unread or not head.keep or self._asked == REQUESTS_MAX
+        self.close_connection = (answer.close or request.body_unread or not head.keep or self._asked == REQUESTS_MAX
+                                 or self.server.stopped)
         self._send(answer, body=head.method != "HEAD")
 
     def _send(self, answer: Answer, *, body: bool = True) -> None:
@@ -2575,6 +2582,9 @@ class Handler(BaseHTTPRequestHandler):
             self.wire.drain()
 
 
+_LAST_ANSWERS_S: Final = 1.0             # what they get when another program goes on
+
+
 class HttpServer(ThreadingHTTPServer):
     """One listening address: a thread that accepts, and one for each of at most `places` connections."""
 
@@ -2582,14 +2592,32 @@ class HttpServer(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = _BACKLOG
 
-    def __init__(self, address: tuple[str, int], places: int, site: Site, log: Log) -> None:
+    def __init__(self, address: tuple[str, int], places: int, site: Site, log: Log, inherited: int = -1) -> None:
+        """inherited: descriptor that listens there already.  Raises OSError."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.site, self._places, self._log = site, places, log
         self._wires: set[Wire] = set()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._crowd_at = self._failed_at = -math.inf             # last log line about too many connections, about an accept
-        super().__init__(address, Handler)     # raises OSError
+        super().__init__(address, Handler, bind_and_activate=False)
+        if inherited >= 0:
+            self.socket.close()
+            self.socket = socket.socket(fileno=inherited)
+            self.server_address = self.socket.getsockname()[:2]
+            self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+            return
+        try:
+            self.server_bind()
+            self.server_activate()
+        except OSError:
+            self.server_close()
+            raise
+
+    @property
+    def stopped(self) -> bool:
+        """No request is taken any more."""
+        return self._stopped.is_set()
 
     def server_bind(self) -> None:
         """Without the library's getfqdn, which asks the DNS."""
@@ -2606,6 +2634,8 @@ class HttpServer(ThreadingHTTPServer):
     def get_request(self) -> tuple[Any, Any]:
         """Accept one connection; a failure is logged and not tried again at once."""
         try:
+            if self.stopped:                   # another program accepts here now
+                raise OSError
             sock, address = self.socket.accept()
         except OSError as error:
             if not self._stopped.is_set():
@@ -2655,22 +2685,33 @@ class HttpServer(ThreadingHTTPServer):
         else:
             self._log.error("internal error in an API connection\n%s", traceback.format_exc())
 
-    def stop(self) -> None:
-        """Close everything; the threads end by themselves."""
+    def stop(self, handed_on: bool = False) -> None:
+        """Close everything; the threads end by themselves.
+
+        handed_on: another program listens at this very socket, so it is not shut down, and the thread that waits for it leaves
+        with the next visitor, whom it does not touch.  Connections at rest are closed, the others after their answer.
+        """
         self._stopped.set()
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)           # wakes the thread that accepts
+        if not handed_on:
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)       # wakes the thread that accepts
         self.server_close()
         with self._lock:
             for wire in self._wires:
-                wire.shutdown(socket.SHUT_RDWR)
+                if wire.idle_since is not None or not handed_on:
+                    wire.shutdown(socket.SHUT_RDWR)
+        until = time.monotonic() + _LAST_ANSWERS_S
+        while handed_on and self._wires and time.monotonic() < until:        # our process may end with the last session
+            time.sleep(0.01)
 
 
 class Listener:
     """An address that is served as soon as it can be bound."""
 
-    def __init__(self, address: tuple[str, int], places: int, site: Site, log: Log, failed: str) -> None:
-        self.address, self._places, self._site, self._log = address, places, site, log
+    def __init__(self, address: tuple[str, int], places: int, site: Site, log: Log, failed: str,
+                 port: ControlPort | None = None) -> None:
+        """port: knows sockets that are handed from program to program."""
+        self.address, self._places, self._site, self._log, self._port = address, places, site, log, port
         self._failed = failed                  # log text when the address cannot be bound; empty: then it is done without
         self._stopped = threading.Event()
         self._server: HttpServer | None = None
@@ -2688,11 +2729,14 @@ class Listener:
 
     def _bind(self, opened: Callable[[tuple[str, int]], None], report: Callable[..., None]) -> bool:
         try:
-            self._server = HttpServer(self.address, self._places, self._site, self._log)
+            self._server = HttpServer(self.address, self._places, self._site, self._log,
+                                      self._port.inherited(*self.address) if self._port is not None else -1)
         except OSError as error:
             report("%s", self._failed, addr=_at(*self.address), error=error.strerror)
             return False
         self.address = (self.address[0], self._server.server_port)
+        if self._port is not None:
+            self._port.listens(self._server.fileno())
         opened(self.address)
         return True
 
@@ -2704,11 +2748,11 @@ class Listener:
         if self._server is not None and not self._stopped.is_set():
             self._server.serve()
 
-    def stop(self) -> None:
-        """Close everything; the threads end by themselves."""
+    def stop(self, handed_on: bool = False) -> None:
+        """Close everything; the threads end by themselves.  handed_on: another program goes on at this socket."""
         self._stopped.set()
         if self._server is not None:
-            self._server.stop()
+            self._server.stop(handed_on)
 
 
 def _at(host: str, port: int) -> str:
@@ -4081,8 +4125,11 @@ def warn_about(port: ControlPort) -> None:
             port.log.warn("%s can be changed by group or others: it holds every secret", port.config_path)
 
 
-def start(port: ControlPort) -> Callable[[], None]:
-    """Open what the configuration asks for; returns what closes it again, within a second.  Raises ImportError without http.server."""
+def start(port: ControlPort) -> Callable[[bool], None]:
+    """Open what the configuration asks for; returns what closes it again, within a second.  Raises ImportError without http.server.
+
+    It is told whether another program goes on at the listening sockets.
+    """
     if _NO_HTTP:
         raise ImportError(f"{_NO_HTTP} is missing", name=_NO_HTTP)
     server = port.settings.server
@@ -4096,19 +4143,20 @@ def start(port: ControlPort) -> Callable[[], None]:
         site = ControlApi(port, store)
         if server.api.runtime_edge_enabled:
             port.sources.on_event = site.desk.events.record
-        listeners.append(Listener(where, API_PLACES, site, port.log, "Failed to bind API listener"))
+        listeners.append(Listener(where, API_PLACES, site, port.log, "Failed to bind API listener", port))
         listeners[0].start(lambda at: port.log.info("API endpoint: http://%s/v1/*", _at(*at)))
     metrics = MetricsSite(port)
     for address in metrics_addresses(server):
         spare = address[0] == "::1" and not server.metrics_listen        # beside 127.0.0.1, if possible
-        listener = Listener(address, METRICS_PLACES, metrics, port.log, "" if spare else f"Failed to bind metrics on {_at(*address)}")
+        listener = Listener(address, METRICS_PLACES, metrics, port.log, "" if spare else f"Failed to bind metrics on {_at(*address)}",
+                            port)
         listener.start(lambda at: port.log.info("Metrics endpoint: http://%s/metrics and /beobachten", _at(*at)))
         listeners.append(listener)
 
-    def stop() -> None:
+    def stop(handed_on: bool) -> None:
         port.sources.on_event = None
         for listener in listeners:
-            listener.stop()
+            listener.stop(handed_on)
         if store is not None:
             store.close(_STOP_S)
     return stop

@@ -850,6 +850,9 @@ class Proxy:
     def kill(self) -> None:
         """Without manners; safe to call twice."""
         self.process.kill()
+        for found in self.log(r"Process (\d+) accepts now"):     # programs that took over from it
+            with contextlib.suppress(OSError):
+                os.kill(int(found[1]), signal.SIGKILL)
         self.wait_exit()
         for pipe in (self.process.stdout, self.process.stderr):
             assert pipe is not None

@@ -2,13 +2,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 import telemt_api as api
+from doubles import poll
 from telemt import Log
 from telemt_api import Answer, ApiError, Handler, Head, Listener, Request, Wire
 
@@ -44,6 +47,8 @@ class Echo:
 
 class Stub:
     """As much of an HttpServer as a Handler needs."""
+
+    stopped = False
 
     def __init__(self, site: Echo) -> None:
         self.site = site
@@ -376,6 +381,52 @@ def test_stop_closes_everything(listener: Listener) -> None:
     assert sock.recv(10) == b""
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(listener.address, timeout=20)
+
+
+class Sockets:
+    """The part of a ControlPort that hands listening sockets on."""
+
+    def __init__(self, fd: int = -1) -> None:
+        self.fd, self.told = fd, list[int]()
+
+    def inherited(self, host: str, port: int) -> int:
+        return self.fd
+
+    def listens(self, fd: int) -> None:
+        self.told.append(fd)
+
+
+def test_another_program_goes_on_at_the_same_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is refused; who rests is closed, who is being answered gets the answer and is closed then."""
+    sockets: Any = Sockets()
+    site, asked, go_on = Echo(), threading.Event(), threading.Event()
+    first = Listener(("127.0.0.1", 0), 5, site, LOG, "failed", sockets)
+    first.start(lambda at: None)
+    heirs: Any = Sockets(os.dup(sockets.told[0]))
+    resting = socket.create_connection(first.address, timeout=20)
+    assert ask(first, resting)
+    poll(lambda: first._server is not None and all(wire.idle_since is not None for wire in first._server._wires), "rest")
+
+    def answer(request: Request) -> Answer:
+        asked.set()
+        go_on.wait(20)
+        return Echo.answer(site, request)
+
+    monkeypatch.setattr(site, "answer", answer)
+    monkeypatch.setattr(api, "_LAST_ANSWERS_S", 0.05)
+    busy = socket.create_connection(first.address, timeout=20)
+    busy.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    assert asked.wait(20)
+    first.stop(handed_on=True)
+    assert resting.recv(10) == b""
+    go_on.set()
+    assert b"Connection: close" in busy.recv(1000)
+    early = [socket.create_connection(first.address, timeout=20) for _ in range(3)]         # nobody accepts
+    second = Listener(first.address, 5, Echo(), LOG, "failed", heirs)
+    second.start(lambda at: None)
+    assert heirs.told == [heirs.fd] and second.address == first.address
+    assert all(ask(second, sock) for sock in early) and ask(second)
+    second.stop()
 
 
 def test_a_taken_address_is_tried_again(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
