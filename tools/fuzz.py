@@ -610,7 +610,7 @@ class EchoSite:
 class EchoServer:
     """As much of a server as a handler needs."""
 
-    site = EchoSite()
+    site, stopped = EchoSite(), False
 
 
 def converse(pieces: Sequence[bytes]) -> bytes:
