@@ -22,7 +22,7 @@ SHELL   := /bin/sh
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run venv deps-test test check lint types house fuzz laws soak kills bench bench-check docs dist test-all clean
+.PHONY: help run venv deps-test test check lint types house fuzz laws soak kills bench bench-check docs dist install uninstall deploy rollback test-all clean
 
 help: ## list the targets
 	@while IFS= read -r line; do \
@@ -89,6 +89,21 @@ kills: $(STAMP) ## 300 kills of the program and 3,000 of the store in the middle
 
 dist: ## write dist/: telemt.pyz (both books in one file), the books, the source, SHA256SUMS; the same bytes everywhere
 	@python=$$($(FIND) pick "$(PYTHON)") && "$$python" -B tools/make_dist.py $(ARGS)
+
+# What is written on the command line, PREFIX=/usr and the like, is in the environment of the tools.
+INSTALL = PYTHON="$$([ -z "$(PYTHON)" ] || $(FIND) pick "$(PYTHON)")" sh tools/install.sh
+
+install: ## install into PREFIX=/usr/local (below DESTDIR=), with units and a first configuration; never overwrites one
+	@$(INSTALL) install
+
+uninstall: ## take away what install brought; the configuration stays
+	@$(INSTALL) uninstall
+
+deploy: ## bring this version to HOST=root@server: check there, switch, health check, back if it fails (tools/deploy.sh)
+	@sh tools/deploy.sh deploy "$(HOST)"
+
+rollback: ## bring the version before the last deploy back to HOST=root@server
+	@sh tools/deploy.sh rollback "$(HOST)"
 
 test-all: ## the tests on every CPython 3.11-3.14 found (PATH, pyenv, uv), each in build/venv-VERSION
 	@mkdir -p build; $(FIND) all > build/pythons.txt; cat build/pythons.txt; failed=; \
