@@ -61,8 +61,8 @@ types: $(STAMP) ## mypy --strict over the program and the tools
 house: ## compare the section map with the code, and the other rules of the house
 	@python=$$($(FIND) pick "$(PYTHON)") && "$$python" -B tools/house_check.py $(ARGS) $(BOOKS)
 
-fuzz: $(STAMP) ## mutate the input of every parser, RUNS=100000 times each; ARGS='--target NAME'
-	"$(PY)" tools/fuzz.py --runs $(RUNS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+fuzz: $(STAMP) ## mutate the input of every parser, RUNS=100000 times each or MINUTES=10 in all (then with atheris too); ARGS='--target NAME'
+	"$(PY)" tools/fuzz.py $(if $(MINUTES),--minutes $(MINUTES),--runs $(RUNS)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 	SCHEMATHESIS_EXAMPLES=300 "$(PY)" -m pytest -q tests/journeys/test_api_contract.py -k schemathesis
 
 bench: $(STAMP) ## measure against bare loops and write docs/performance.md; QUICK=1 ends in two minutes and writes nothing

@@ -8654,9 +8654,10 @@ def parse_host_port(text: str) -> tuple[str, int]:
     if found is not None:
         return str(found[0]), found[1]
     host, _, digits = text.rpartition(":")
-    if not host or ":" in host or not (digits.isascii() and digits.isdigit()) or int(digits[:6]) > 0xFFFF:
+    port = parse_port(digits)
+    if not host or ":" in host or port is None:
         raise ValueError(f"not a HOST:PORT: {text!r}")
-    return host, int(digits)
+    return host, port
 
 
 class Gate:
@@ -11358,7 +11359,7 @@ def parse_http_date(text: str) -> float | None:
     try:
         _day, day, month, year, hour, minute, second, zone = words
         moment = datetime.datetime(int(year), _MONTHS.index(month) + 1, int(day), int(hour), int(minute), int(second), tzinfo=datetime.UTC)
-    except ValueError:
+    except (ValueError, OverflowError):          # numbers of any length
         return None
     return moment.timestamp() if zone == "GMT" else None
 
@@ -15337,11 +15338,11 @@ def parse_proxy_link(text: str) -> ProxyLink:
     for name in ("server", "port", "secret"):
         if not fields.get(name):
             raise ConfigError(f"the link has no {name}=", prefix=False)
-    port = fields["port"]
-    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65_536):
-        raise ConfigError(f"port={port} in the link is not a port", prefix=False)
+    port = parse_port(fields["port"])
+    if not port:
+        raise ConfigError(f"port={fields['port'][:20]} in the link is not a port", prefix=False)
     host = fields["server"].strip("[]").rstrip(".")
-    return ProxyLink(host, int(port), *parse_link_secret(fields["secret"]))
+    return ProxyLink(host, port, *parse_link_secret(fields["secret"]))
 
 
 def percent_decode(text: str) -> str:
@@ -17206,9 +17207,8 @@ def parse_init(words: Sequence[str]) -> InitRequest:
         raise ConfigError("User name must be 1..64 characters of A-Z a-z 0-9 _ . -", prefix=False)
     if not values["--domain"] or not values["--domain"].isprintable() or re.search(r"[\s/\"'\\\x00-\x1f\x7f]", values["--domain"]):
         raise ConfigError("Domain must not contain whitespace, '/' or quotes", prefix=False)
-    port = values["--port"]
-    number = int(port) if port.isascii() and port.isdigit() and int(port) < 65_536 else 443
-    return InitRequest(number, values["--domain"], secret, values["--user"], os.path.abspath(values["--config-dir"]),
+    port = parse_port(values["--port"])
+    return InitRequest(443 if port is None else port, values["--domain"], secret, values["--user"], os.path.abspath(values["--config-dir"]),
                        "--no-start" not in words, "--force" in words)
 
 

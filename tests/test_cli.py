@@ -313,6 +313,11 @@ def test_init_defaults():
     assert request.start and not request.force and re.fullmatch("[0-9a-f]{32}", request.secret)
 
 
+def test_init_takes_no_port_that_is_none():
+    """Found by the fuzzer: int() refuses more than 4,300 digits with an error of its own."""
+    assert [parse_init(["--init", "--port", port]).port for port in ("9" * 5000, "65536", "08443")] == [443, 443, 8443]
+
+
 def test_init_writes_config_and_unit(tmp_path, monkeypatch, capsys):
     steps = []
     monkeypatch.setattr(telemt, "_UNIT_PATH", str(tmp_path / "telemt.service"))

@@ -735,7 +735,8 @@ def test_a_shorter_period_runs_at_once_a_longer_one_waits(tmp_path):
 
 def test_http_date():
     assert telemt.parse_http_date("Tue, 15 Nov 1994 08:12:31 GMT") == 784887151.0
-    for text in ("", "Tue, 15 Nov 1994 08:12:31 CET", "Tue, 15 Foo 1994 08:12:31 GMT", "Tue, 99 Nov 1994 08:12:31 GMT", "now"):
+    for text in ("", "Tue, 15 Nov 1994 08:12:31 CET", "Tue, 15 Foo 1994 08:12:31 GMT", "Tue, 99 Nov 1994 08:12:31 GMT", "now",
+                 "Tue, 15 Nov 99999999999999999999 08:12:31 GMT", f"Tue, {'1' * 5000} Nov 1994 08:12:31 GMT"):
         assert telemt.parse_http_date(text) is None
 
 

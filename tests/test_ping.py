@@ -30,6 +30,7 @@ def test_ipv6_and_its_brackets() -> None:
 @pytest.mark.parametrize(("text", "wrong"), [
     ("", "not a proxy link"), ("tg://socks?server=a", "not a proxy link"), ("tg://proxy?port=1&secret=a", "no server="),
     ("tg://proxy?server=a&secret=a", "no port="), ("tg://proxy?server=a&port=0&secret=a", "port=0"),
+    (f"tg://proxy?server=a&port={'9' * 5000}&secret=a", "port=99999999999999999999 in"),       # found by the fuzzer: int() has a limit
     ("tg://proxy?server=a&port=٣&secret=a", "port=٣"), (f"tg://proxy?server=a&port=1&secret={'a' * 31}", "secret="),
     (f"tg://proxy?server=a&port=1&secret=ff{'a' * 32}", "secret="), (f"tg://proxy?server=a&port=1&secret=ee{'a' * 32}00ff", "host name"),
     (f"tg://proxy?server=a&port=1&secret={'!' * 24}", "secret="),

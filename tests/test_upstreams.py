@@ -62,6 +62,14 @@ def test_overrides(families, texts, expected, warnings):
     assert targets(families, -2, settings)[0][0].startswith(("149.", "2001:")), "exact text: 2 does not serve -2"
 
 
+def test_a_port_of_six_digits_is_none():
+    """Found by the fuzzer: only the first six of `0368547` were compared with the largest port."""
+    assert telemt.parse_host_port("proxy.example:0443") == ("proxy.example", 443)
+    for text in ("proxy.example:0368547", "proxy.example:65536", f"proxy.example:{'9' * 5000}"):
+        with pytest.raises(ValueError, match="HOST:PORT"):
+            telemt.parse_host_port(text)
+
+
 def test_only_bad_overrides_fall_back_to_the_table(warnings):
     assert targets(V4, 4, settings_of('[dc_overrides]\n4 = "nonsense"')) == [("149.154.167.91", 443)]
 

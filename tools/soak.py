@@ -293,7 +293,8 @@ class Instance:
         path = self.proxy.config
         text = path.read_text()
         if rng.random() < 0.25:
-            self._save(rng.choice((f"{text}nonsense\n", "", text[:len(text) // 2], text.replace("[access.users]", "[access.nobody]"))))
+            half = f'{text[:len(text) // 2]}\n"""'       # without the quotes it may be a good file with fewer users
+            self._save(rng.choice((f"{text}nonsense\n", "", half, text.replace("[access.users]", "[access.nobody]"))))
             self.account.broken_files += 1
             self.tally.add(broken_files=1)
             time.sleep(rng.uniform(0.05, 0.5))

@@ -50,7 +50,7 @@ class Tally:
 
     def fault(self, text: str) -> None:
         with self._lock:
-            self.faults.append(text)
+            self.faults.append(f"{time.strftime('%H:%M:%S', time.gmtime())} {text}")
 
 
 class Weather:
