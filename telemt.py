@@ -4026,9 +4026,11 @@ FLAG_TAG: Final = 0x8
 FLAG_QUICK_ACK: Final = 0x8000_0000
 FLAGS_OF: Final = {"abridged": 0x4002_1000, "intermediate": 0x2002_1000, "secure": 0x2802_1000}      # by Framing.name
 SECRET_MIN: Final = 32
+LIST_ENDPOINTS_MAX: Final = 128          # of a list: Telegram's have about thirty, and each one gets a link or three
 _AD_TAG: Final = bytes.fromhex("18000000 ae261edb 10")
 _SCHEMA_AES: Final = 1
 _SKEW_MAX_S: Final = 30
+_SHAKE_MAX: Final = 4096                 # bytes of a frame before we know who talks; it has 44
 _PAD_WORD: Final = b"\4\0\0\0"
 _PADS: Final = tuple(_PAD_WORD * count for count in range(4))
 _NO_KEY: Final = bytes(8)                # auth_key_id of an unencrypted message
@@ -4107,12 +4109,13 @@ def padding(size: int) -> bytes:
 class FrameReader:
     """Incoming frames of a decrypted stream."""
 
-    __slots__ = ("seq", "checksum", "failed", "needs")
+    __slots__ = ("seq", "checksum", "failed", "needs", "steps")
 
     def __init__(self, seq: int = 0, checksum: Checksum = zlib.crc32) -> None:
         self.seq, self.checksum = seq, checksum
         self.failed: RpcError | None = None    # why no further frame is looked at
         self.needs = 0                         # bytes of the incomplete frame that spans() stopped at, 0 = not known yet
+        self.steps = 0                         # frames and padding words that spans() has just found: what they cost, not what they weigh
 
     def spans(self, view: memoryview, at: int, end: int) -> tuple[list[tuple[int, int]], int]:
         """Return ([(start, size) of each payload in view[at:end]], where the incomplete rest begins).
@@ -4121,11 +4124,12 @@ class FrameReader:
         """
         found: list[tuple[int, int]] = []
         unpack, checksum, word = _FRAME_HEAD.unpack_from, self.checksum, _LE32.unpack_from
-        seq, self.needs = self.seq, 0
+        seq, self.needs, words = self.seq, 0, 0
         while end - at >= 8:                   # both words: nothing shorter is a frame
             length, got = unpack(view, at)
             if length == 4:
                 at += 4
+                words += 1
                 continue
             if length < RPC_FRAME_MIN or length > RPC_FRAME_MAX or length & 3:
                 self.failed = RpcError("length", f"Bad RPC frame length: {length}")
@@ -4146,7 +4150,7 @@ class FrameReader:
             at = tail + 4
         if end - at >= 4 and self.failed is None and word(view, at)[0] == 4:       # padding at the very end
             at += 4
-        self.seq = seq
+        self.seq, self.steps = seq, words + len(found)
         return found, at
 
 
@@ -4304,7 +4308,7 @@ class LinkHandshake:
         if len(buffer) < 4:
             return None
         length = _LE32.unpack_from(buffer)[0]
-        if not RPC_FRAME_MIN <= length <= RPC_FRAME_MAX:
+        if not RPC_FRAME_MIN <= length <= _SHAKE_MAX:
             raise self._fail(f"{names[0]}: {length}")
         if len(buffer) < length:
             return None
@@ -4424,12 +4428,13 @@ class ProxyList(NamedTuple):
     endpoints: Mapping[int, tuple[tuple[str, int], ...]]       # signed DC -> (IP, port) in the order of the text
     default_dc: int | None
     lines: int                                   # accepted proxy_for lines, duplicates included
+    left_out: int = 0                            # lines beyond LIST_ENDPOINTS_MAX endpoints
 
 
 def parse_proxy_config(text: str, family: int) -> ProxyList:
     """Read such a list; family: 4 or 6.  What does not parse is skipped (middle-proxy-wire.md D2)."""
     endpoints: dict[int, list[tuple[str, int]]] = {}
-    default_dc, lines = None, 0
+    default_dc, lines, kept, left_out = None, 0, 0, 0
     for line in text.splitlines():
         for words in map(str.split, line.partition("#")[0].split(";")):
             if words[:1] == ["default"] and len(words) == 2 and default_dc is None:
@@ -4438,10 +4443,12 @@ def parse_proxy_config(text: str, family: int) -> ProxyList:
                 dc, target = _parse_number(words[1]), _parse_endpoint(words[2], family)
                 if dc and -32768 <= dc <= 32767 and target is not None:
                     lines += 1
-                    listed = endpoints.setdefault(dc, [])
-                    if target not in listed:
+                    if kept == LIST_ENDPOINTS_MAX:
+                        left_out += 1
+                    elif target not in (listed := endpoints.setdefault(dc, [])):
                         listed.append(target)
-    return ProxyList({dc: tuple(listed) for dc, listed in endpoints.items()}, default_dc, lines)
+                        kept += 1
+    return ProxyList({dc: tuple(listed) for dc, listed in endpoints.items()}, default_dc, lines, left_out)
 
 
 def _parse_number(text: str) -> int | None:
@@ -4514,6 +4521,9 @@ ME_TOTALS: Final = {
 }
 
 
+_CODES_MAX: Final = 64                   # different codes of refused handshakes: about ten exist
+
+
 class MeCounters:
     """Totals of classes N and D, by the names of ME_TOTALS (`general.telemetry.me_level`)."""
 
@@ -4537,7 +4547,8 @@ class MeCounters:
         """A middle end answered the RPC handshake with an error; code -1 = none given."""
         if self.level:
             self.totals["handshake_reject_total"] += 1
-            self.error_codes[code] = self.error_codes.get(code, 0) + 1
+            if code in self.error_codes or len(self.error_codes) < _CODES_MAX:       # whoever invents codes fills no memory
+                self.error_codes[code] = self.error_codes.get(code, 0) + 1
 
     def queue_full(self) -> None:
         """An answer was dropped behind a client that does not read; our profile is always `high`."""
@@ -8957,6 +8968,7 @@ class NetworkView:
         self._wishes: dict[Wish, None] = {}    # everything that is asked, in order
         self._asking: list[Wish] = []          # in the round that runs now
         self._rounds = self._failures = 0
+        self._missed = False                   # the last round found not everything
         self._live: list[str] = []
         self._again: Timer | None = None
         self._readers: list[Callable[[], None]] = []         # wait for the first round
@@ -9026,7 +9038,7 @@ class NetworkView:
                       "nat_probe_attempts": self._rounds},
             "servers": {"configured": list(self.settings.network.stun_servers), "live": self._live, "live_total": len(self._live)},
             "reflection": reflection}
-        if self._failures and self._again is not None:
+        if self._missed and self._again is not None:
             found["stun_backoff_remaining_ms"] = max(0, int((self._again.at - now) * 1000))
         return found
 
@@ -9108,7 +9120,7 @@ class NetworkView:
         path, ip = self.settings.network.cache_public_ip_path, found.get((4, ""), ("",))[0]
         if path and ip and ip != before.get((4, "")):
             self.loop.offload(functools.partial(keep_public_ip, path, ip), lambda _: None)
-        self._failures = self._failures + 1 if missing else 0
+        self._failures, self._missed = self._failures + 1 if missing else 0, bool(missing)
         untried = [wish for wish in self._wishes if wish not in self._found and wish not in missing]
         if untried:
             self._ask(untried)
@@ -9131,6 +9143,10 @@ class NetworkView:
         self._wishes.clear()
         if self._again is not None:
             self._again.cancel()
+
+    def forgive(self) -> None:
+        """Begin the back-off anew; the pause under way stays (middle-proxy-pool.md 3)."""
+        self._failures = 0
 
     def _release_readers(self) -> None:
         readers, self._readers = self._readers, []
@@ -10095,6 +10111,7 @@ LINK_LIMIT: Final = 8 << 20              # where even the answers to pings stop:
 _AHEAD: Final = 256 << 10                # serialised ahead of the socket (D16)
 _LINK_LEVEL: Final = 2                   # QUANTA of one read: 256 KiB
 _LINK_ROOM: Final = 512 << 10            # a frame that needs more does not go through the arena
+_STEPS_AT_ONCE: Final = 1024             # frames of a read beyond which the next ones are as small as can be
 _LINK_PHASE_S: Final = 10.0                   # nonce and handshake, each (D5)
 _PING_OLD_S: Final = 120.0
 _SIGNAL_S: Final = 0.7
@@ -10170,7 +10187,8 @@ class LinkIn:
         if size <= 0:
             return None if size == 0 else (region, [])
         if size == quantum:
-            self.level = min(self.level + 1, _LINK_LEVEL)
+            if self.reader.steps << 2 <= _STEPS_AT_ONCE:
+                self.level = min(self.level + 1, _LINK_LEVEL)
         elif self.level and size << 2 < quantum:
             self.level -= 1
         whole = start - base + size & -BLOCK_SIZE
@@ -10191,6 +10209,8 @@ class LinkIn:
     def _find(self, region: Region, end: int) -> tuple[Region, list[tuple[int, int]]]:
         spans, rest = self.reader.spans(region.view, 0, end)
         self._plain = bytes(region.view[rest:end]) if rest < end else b""
+        if self.reader.steps > _STEPS_AT_ONCE:
+            self.level = 0                     # very many very small frames: others have their turn between fewer of them
         if self.reader.needs > _LINK_ROOM:
             self._big, self._plain = bytearray(self._plain), b""
         return region, spans
@@ -10381,7 +10401,7 @@ class MeLink:
         self.holding = False                   # its clients are not read
         self.ready_at = math.inf
         self.signal = Signal(self)
-        self.told = collections.deque[int](maxlen=_TOLD_MAX)     # ids that we closed lately: answers under way earn no other close
+        self.told: dict[int, None] = {}        # ids that we closed lately, oldest first: answers under way earn no other close
         self.cycle: Cycle | None = pool.dial(self.endpoint, self.dc, self._on_connected)
 
     # -- coming up
@@ -10519,7 +10539,9 @@ class MeLink:
 
     def push_close(self, conn_id: int) -> None:
         """Say that a session is over, behind everything that it has said."""
-        self.told.append(conn_id)
+        self.told[conn_id] = None
+        if len(self.told) > _TOLD_MAX:
+            del self.told[next(iter(self.told))]
         self.push(build_close(conn_id))
 
     def push_urgent(self, payload: bytes) -> None:
@@ -10643,6 +10665,9 @@ class PublicAddresses(Protocol):
 
     def multipath(self) -> bool:
         """Whether links use both."""
+
+    def forgive(self) -> None:
+        """A cycle of downloads is over: the next failure to find an address counts as the first."""
 
 
 class Waiting:
@@ -11186,6 +11211,8 @@ class Directory:
             log_me.warn("proxy list rejected: %d proxy_for lines, at least %d wanted", found.lines,
                         general.me_snapshot_min_proxy_for_lines, family=family)
             return None
+        if found.left_out:
+            log_me.warn("proxy list cut: %d lines after the first %d endpoints", found.left_out, LIST_ENDPOINTS_MAX, family=family)
         return found
 
     def _check_clock(self, result: Download) -> None:
@@ -11241,6 +11268,7 @@ class Directory:
         if len(self._cycle) == len(self.rules):
             answers, self._cycle = self._cycle, None
             self._apply_lists(answers)
+            self.pool.network.forgive()
             if self.general.proxy_secret_rotate_runtime and self._epoch:
                 self.fetch(self.general.proxy_secret_url or SECRET_URL, SECRET_BODY_MAX, self._on_secret)
 
@@ -12796,19 +12824,21 @@ class MiddleRelay:
         self.last_at = self.host.loop.now
         frames, send = self.framing.feed(data), self.seat.send
         if frames:
-            octets = messages = 0
+            user, octets, messages, over = self.user, 0, 0, False
             for payload, quick_ack in frames:
                 size = len(payload)
                 octets += size
                 messages += (size + _MSG_LESS_ONE) >> _MSG_BITS
+                user.used += size
                 send(payload, quick_ack)
+                if user.used >= user.mark and self.host.quota_reached(user):
+                    over = True                # what follows it in the same read is not sent any more (D22)
+                    break
             self.octets_up += octets
-            user = self.user
-            user.used += octets
             if self.host.count_users:
                 user.stats.octets_from_client += octets
                 user.stats.msgs_from_client += messages
-            if user.used >= user.mark and self.host.quota_reached(user):
+            if over:
                 self._over_quota()
         if self.framing.failed is not None and self.stage is _OPEN:
             self.close(self.host.desyncs.judge(self, self.framing.failed))
@@ -12838,7 +12868,8 @@ class MiddleRelay:
 
     def on_answer(self, region: Region, at: int, size: int) -> None:
         """Data for the client; it is framed where it lies."""
-        if self.stage is not _OPEN:
+        user = self.user
+        if self.stage is not _OPEN or (user.used >= user.mark and self.host.quota_reached(user)):      # the latter ends at on_run_end
             return
         try:
             self.outlet.pieces.append(self.framing.enclose(region.view, at, size, _noise.take()))
@@ -12848,7 +12879,6 @@ class MiddleRelay:
             self.stage = _FLUSHING   # what came before it is sent at the end of this read
             return
         self.octets_down += size
-        user = self.user
         user.used += size
         if self.host.count_users:
             user.stats.octets_to_client += size
@@ -12861,10 +12891,9 @@ class MiddleRelay:
 
     def on_run_end(self, region: Region) -> None:
         """Write everything that one read of the link brought."""
-        outlet, user = self.outlet, self.user
+        outlet, user, before = self.outlet, self.user, self.outlet.sent
         if self.stage is _ENDED:
             return
-        before = outlet.sent
         try:
             outlet.run(region)
         except OSError as error:

@@ -412,6 +412,20 @@ def test_failures_are_retried_ever_more_rarely(loop, tmp_path, logged):
         loop.turn(2)
 
 
+def test_a_cycle_of_downloads_begins_the_back_off_anew(loop, tmp_path, logged):
+    """middle-proxy-wire.md 2.4 step 6: the pause under way stays, the next failure counts as the first."""
+    view = view_of(loop, tmp_path, ["nonsense"])
+    for pause in (60, 120, 240):
+        settle(loop, view)
+        loop.turn(pause + 1)
+    settle(loop, view)
+    view.forgive()
+    assert view.row()["stun_backoff_remaining_ms"] == 480_000
+    loop.turn(481)
+    settle(loop, view)
+    assert view.row()["stun_backoff_remaining_ms"] == 60_000
+
+
 def test_with_the_middle_end_an_answer_is_refreshed(loop, stun, tmp_path, logged):
     ip = ["203.0.113.9"]
     double = stun(lambda request: [answer_to(request, ip[0])])

@@ -183,6 +183,19 @@ def test_quota_ends_the_session_after_the_answer_that_crosses_it(middle):
     assert plain == frame(b"y" * 60) and ended and len(bench.link.closes) == 1
 
 
+def test_quota_is_judged_message_by_message(middle):
+    """middle-proxy-wire.md D22: a read may hold many messages of a session, and only the one that crosses the quota passes."""
+    bench = middle()
+    bench.user.quota = bench.user.mark = 100
+    bench.say(b"".join(frame(b"x" * 40) for _ in range(50)))
+    assert len(bench.link.messages) == 3 and bench.user.used == 120 and len(bench.link.closes) == 1 and bench.core.finished == 1
+    bench = middle()
+    bench.user.quota = bench.user.mark = 300
+    bench.answer(*[b"y" * 80] * 50)
+    plain, ended = bench.read()
+    assert plain == frame(b"y" * 80) * 3 and ended and bench.user.used == 360
+
+
 def test_answer_that_cannot_be_framed_ends_the_session(middle):
     bench = middle(framing=telemt.Abridged)
     bench.answer(b"fine", b"odd")

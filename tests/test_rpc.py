@@ -187,6 +187,13 @@ def test_handshake_fault(case, size):
         assert text.removeprefix("Invalid handshake: ") == case["expect"]
 
 
+def test_a_peer_that_is_not_known_yet_cannot_announce_megabytes():
+    """Ten seconds a phase would let each of 32 dials gather 16 MiB."""
+    shake = LinkHandshake(origin_of("00" * 16), ProxySecret(bytes(128)), LinkEnds("1.2.3.4", 5, "6.7.8.9", 10), 0)
+    with pytest.raises(RpcError, match="Bad RPC frame length: 4100"):
+        shake.feed((4100).to_bytes(4, "little"))
+
+
 def test_no_secret_in_the_repr_of_an_error():
     machine = LinkHandshake(origin_of("00" * 16), ProxySecret(b"\xAB" * 32), LinkEnds("1.1.1.1", 1, "2.2.2.2", 2), 0)
     with pytest.raises(RpcError) as caught:

@@ -86,6 +86,11 @@ def test_handshake_errors_by_code():
     me.level = 0
     me.handshake_rejected(9)
     assert 9 not in me.error_codes
+    me.level = 1
+    for code in range(100, 300):               # a peer that invents codes
+        me.handshake_rejected(code)
+    me.handshake_rejected(7)
+    assert len(me.error_codes) == 64 and me.error_codes[7] == 2 and me.totals["handshake_reject_total"] == 204
 
 
 @pytest.mark.parametrize(("frames", "bucket"), [(0, "0"), (1, "1_2"), (2, "1_2"), (3, "3_10"), (10, "3_10"), (11, "gt_10")])
