@@ -22,7 +22,7 @@ SHELL   := /bin/sh
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run venv deps-test test check lint types house fuzz laws soak kills bench bench-check docs dist install uninstall deploy rollback test-all clean
+.PHONY: help run venv deps-test test check lint types house fuzz laws soak kills bench bench-check docs dist release-check install uninstall deploy rollback test-all clean
 
 help: ## list the targets
 	@while IFS= read -r line; do \
@@ -92,6 +92,9 @@ dist: ## write dist/: telemt.pyz (both books in one file), the books, the source
 
 # What is written on the command line, PREFIX=/usr and the like, is in the environment of the tools.
 INSTALL = PYTHON="$$([ -z "$(PYTHON)" ] || $(FIND) pick "$(PYTHON)")" sh tools/install.sh
+
+release-check: ## what is missing for a release: version, CHANGELOG, documents, clean tree, reproducible dist; exit 1 names it
+	@python=$$($(FIND) pick "$(PYTHON)") && "$$python" -B tools/release_check.py
 
 install: ## install into PREFIX=/usr/local (below DESTDIR=), with units and a first configuration; never overwrites one
 	@$(INSTALL) install

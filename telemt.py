@@ -17148,7 +17148,8 @@ After=network-online.target
 StartLimitIntervalSec=0
 
 [Service]
-Type=simple
+# it says when it is ready, and which process it is after SIGUSR2: systemctl kill --kill-whom=main -s USR2 telemt
+Type=notify
 # -B: byte code could not be written beside the program
 ExecStart={python} -B {script} {config}
 ExecReload=/bin/kill -HUP $MAINPID

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import make_dist
-from doubles import MIB, ROOT, ApiScript, Rig, clean_env, free_port
+from doubles import MIB, ROOT, ApiScript, Rig, clean_env, free_port, poll
 
 
 def archive(folder: Path) -> Path:
@@ -59,6 +59,20 @@ def test_a_day(rig: Rig, install: Callable[[Path], Path], flags: list[str]) -> N
     proxy.settle()
     proxy.stop()
     assert sorted(path.relative_to(place) for path in place.rglob("*")) == before
+
+
+def test_a_new_archive_takes_over(rig: Rig) -> None:
+    """SIGUSR2 starts what lies there now, the API of the new archive included."""
+    place, port = rig.folder / "place", free_port()
+    place.mkdir()
+    path = archive(place)
+    proxy = rig.proxy({"server": {"api": {"enabled": True, "listen": f"127.0.0.1:{port}"}}}, command=[sys.executable, "-B", str(path)])
+    make_dist.put(path, 0o755, make_dist.build_pyz(ROOT).replace(b'VERSION: Final = "0', b'VERSION: Final = "9', 1))
+    os.kill(proxy.process.pid, signal.SIGUSR2)
+    proxy.pid = int(proxy.wait_log(r"Process (\d+) accepts now", timeout=60.0)[1])
+    proxy.wait_log(r"telemt\.py 9\.")
+    poll(lambda: ApiScript(port).data("/v1/system/info")["version"].startswith("9."), "the API of the new one", 20.0)
+    rig.client().req_pq()
 
 
 def test_the_commands_of_the_archive(tmp_path: Path) -> None:
