@@ -811,7 +811,8 @@ class General(Table):
     proxy_config_v6_url: str | None = key(STR, None, "R", "", "Where the IPv6 middle-end list is downloaded from.", HTTPS)
     proxy_config_v4_cache_path: str = key(STR, "cache/proxy-config-v4.txt", "R", "", "Cache file of the IPv4 list.", FILLED_IF_SET)
     proxy_config_v6_cache_path: str = key(STR, "cache/proxy-config-v6.txt", "R", "", "Cache file of the IPv6 list.", FILLED_IF_SET)
-    event_loop: str = key(_one_of("auto", "epoll", "selectors", "uvloop"), "auto", "R", "", "What waits for sockets.")
+    event_loop: str = key(_one_of("auto", "epoll", "selectors", "uvloop"), "auto", "R", "",
+                          "What waits for sockets; uvloop if that package is installed, and slower than epoll.")
     quota_state_path: str | None = key(STR, None, "R", "", "File that keeps used quotas over a restart.", FILLED_IF_SET)
 
 
@@ -6734,8 +6735,113 @@ class SelectorsPoller:
                 for key, events in ready]
 
 
-def pick_poller(wanted: str) -> Poller:
-    """Return the poller for `general.event_loop`; `auto` is epoll where there is one."""
+class UvloopPoller:
+    """libuv by way of uvloop, for who wants it: there the poller turns the loop, because it can only call back.
+
+    uvloop's loop runs for ever.  What it finds ready in one go is noted and makes one turn of ours, so a turn means the same as
+    with epoll.  Traps: an error of a socket is told once and ends the watch, which is enough because the handler closes it;
+    `run_forever` takes the wake-up descriptor of signals and gives it back, meanwhile handlers run as soon as it wakes.
+    """
+
+    name = "uvloop"
+
+    def __init__(self) -> None:
+        """Raises ImportError."""
+        import uvloop
+        self._loop = uvloop.new_event_loop()
+        self._loop.set_exception_handler(self._on_exception)
+        self._found: dict[int, int] = {}       # fd -> mask, of the turn to come
+        self._soon = False                     # that turn is under way
+        self._over = False                     # uvloop goes round once more after its stop(); we do not
+        self._timer: Any = None
+        self._timer_at = _NEVER
+        self._error: BaseException | None = None
+        self._turn: Callable[[list[tuple[int, int]]], None] = lambda events: None
+        self._patience: Callable[[], float | None] = lambda: None
+
+    def register(self, fd: int, mask: int) -> None:
+        """Watch `fd`."""
+        if mask & READ:
+            self._loop.add_reader(fd, self._note, fd, READ)
+        if mask & WRITE:
+            self._loop.add_writer(fd, self._note, fd, WRITE)
+
+    def modify(self, fd: int, mask: int) -> None:
+        """Change what is watched."""
+        if not mask & READ:
+            self._loop.remove_reader(fd)
+        if not mask & WRITE:
+            self._loop.remove_writer(fd)
+        self.register(fd, mask)
+
+    def unregister(self, fd: int) -> None:
+        """Stop watching."""
+        self._loop.remove_reader(fd)
+        self._loop.remove_writer(fd)
+        self._found.pop(fd, None)
+
+    def drive(self, turn: Callable[[list[tuple[int, int]]], None], patience: Callable[[], float | None]) -> None:
+        """Call turn(ready fds with their masks) whenever something is ready or patience() is over, until that is None."""
+        self._turn, self._patience, self._over = turn, patience, False
+        self._found.clear()
+        self._plan()
+        self._loop.run_forever()
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """For tests: a process has one loop, which lives as long."""
+        self._loop.close()
+
+    def _note(self, fd: int, bit: int) -> None:
+        self._found[fd] = self._found.get(fd, 0) | bit
+        self._hurry()
+
+    def _hurry(self) -> None:
+        if not self._soon:
+            self._soon = True
+            self._loop.call_soon(self._on_turn)
+
+    def _on_turn(self) -> None:
+        self._soon = False
+        events = list(self._found.items())
+        self._found.clear()
+        if self._over:
+            return
+        self._turn(events)
+        self._plan()
+
+    def _on_timer(self) -> None:
+        self._timer, self._timer_at = None, _NEVER
+        self._hurry()
+
+    def _plan(self) -> None:
+        """See to it that the next turn comes in time."""
+        left_s = self._patience()
+        if left_s is None:
+            self._over = True
+            self._loop.stop()
+        elif left_s == 0.0:
+            self._hurry()
+        elif left_s > 0.0 and (at := time.monotonic() + left_s) < self._timer_at:        # one that is early only costs a turn
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer, self._timer_at = self._loop.call_later(math.ceil(left_s * 1000) / 1000, self._on_timer), at
+
+    def _on_exception(self, _loop: object, context: dict[str, Any]) -> None:
+        """What leaves a turn ends the loop, as it does elsewhere."""
+        self._error = context.get("exception") or InternalError(str(context.get("message")))
+        self._loop.stop()
+
+
+AnyPoller: TypeAlias = "Poller | UvloopPoller"
+
+
+def pick_poller(wanted: str) -> AnyPoller:
+    """Return the poller for `general.event_loop`; `auto` is epoll where there is one, and stands in where uvloop is missing."""
+    if wanted == "uvloop":
+        with contextlib.suppress(ImportError):
+            return UvloopPoller()
     if wanted != "selectors" and hasattr(select, "epoll"):
         return EpollPoller()
     return SelectorsPoller()
@@ -6805,7 +6911,7 @@ class Lane(Generic[_Key]):
 class Loop:
     """The one event loop of the process."""
 
-    def __init__(self, poller: Poller, clock: Clock) -> None:
+    def __init__(self, poller: AnyPoller, clock: Clock) -> None:
         self.poller = poller
         self.clock = clock
         self.now = clock()                     # monotonic seconds at the start of this turn
@@ -6889,6 +6995,9 @@ class Loop:
 
     def run(self) -> None:
         """Turn until stop()."""
+        if isinstance(self.poller, UvloopPoller):
+            self.poller.drive(self._turn, lambda: None if self._stopped else self._patience())
+            return
         poll = self.poller.poll
         while not self._stopped:
             self._turn(poll(self._patience()))
@@ -16470,7 +16579,7 @@ def own_command(cwd: str) -> list[str]:
 
 # -- start
 
-def print_banner(loaded: Loaded, threshold: int, backend: Backend, poller: Poller, colors_off: bool) -> None:
+def print_banner(loaded: Loaded, threshold: int, backend: Backend, poller: AnyPoller, colors_off: bool) -> None:
     """The first log lines: who we are and what we were told (config.md 5.1 step 5)."""
     settings = loaded.settings
     modes, cert = settings.general.modes, settings.censorship
@@ -16513,11 +16622,13 @@ def print_facts(server: Server) -> None:
                  else "Direct DC - TCP - standard DC-over-TCP")
 
 
-def missing_parts(settings: Settings) -> list[str]:
-    """Warnings about configured features that this version does not have yet: never fail silently."""
+def missing_parts(settings: Settings, poller: AnyPoller) -> list[str]:
+    """Warnings about configured features that cannot be had here: never fail silently."""
     found = []
-    if settings.general.event_loop == "uvloop":
-        found.append('general.event_loop: "uvloop" is not part of this version, using auto')
+    wanted = settings.general.event_loop
+    if wanted not in ("auto", poller.name):
+        why = "the uvloop package is not installed" if wanted == "uvloop" else "this system does not have it"
+        found.append(f'general.event_loop = "{wanted}": {why}, using {poller.name}')
     return found
 
 
@@ -16700,7 +16811,7 @@ def serve(loaded: Loaded, reading: Reading, arguments: Arguments, heritage: Heri
     server = Server(settings, loop, backend, raise_fd_limit(), os.environ.get("TELEMT_PATHS", "").split(","))
     server.heritage = heritage
     print_facts(server)
-    for text in missing_parts(settings):
+    for text in missing_parts(settings, loop.poller):
         log_cli.warn("%s", text)
     reloader = Reloader(server, loaded, reading, arguments.config, functools.partial(hot_level, arguments.level))
     exchange = Exchange(server, reloader, Control(server, reloader), own_command(cwd), cwd)

@@ -706,6 +706,7 @@ def base_config(port: int, dc: str) -> dict[str, Any]:
     """
     return {
         "general": {"use_middle_proxy": False, "middle_proxy_nat_probe": False, "log_level": "debug", "beobachten": False,
+                    "event_loop": os.environ.get("TELEMT_POLLER", "auto"),
                     "modes": {"classic": True, "secure": True, "tls": True}, "links": {"show": []}},
         "network": {"stun_use": False, "stun_servers": [], "http_ip_detect_urls": []},
         "server": {"port": port, "listeners": [{"ip": "127.0.0.1"}]},

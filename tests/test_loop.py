@@ -1,16 +1,25 @@
 """Room 13: turns, lanes, timers, threads, and what an exception costs."""
+import contextlib
+import errno
 import functools
+import importlib.util
+import itertools
 import math
 import os
+import random
+import select
 import signal
 import socket
+import struct
+import sys
 import threading
+import time
 
 import pytest
 
 import telemt
-from telemt import READ, EpollPoller, Level, LogBook, Loop, SelectorsPoller, pick_poller
-from tests.cases import TestLoop
+from telemt import READ, WRITE, Level, LogBook, Loop, UvloopPoller, pick_poller
+from tests.cases import TestLoop, settings_of, tcp_pair
 
 
 @pytest.fixture
@@ -185,24 +194,278 @@ def test_idle_jobs_run_until_they_say_no(loop):
     assert left == [0] and loop._patience() == -1.0
 
 
-@pytest.mark.parametrize("poller", [SelectorsPoller, *([EpollPoller] if hasattr(telemt.select, "epoll") else [])])
-def test_real_pollers(poller):
-    found = poller()
-    one, two = socket.socketpair()
-    found.register(one.fileno(), 5)
-    assert found.poll(1.0) == [(one.fileno(), 4)]
-    two.send(b"x")
-    found.modify(one.fileno(), 1)
-    assert found.poll(1.0) == [(one.fileno(), 1)]
-    found.unregister(one.fileno())
-    assert found.poll(0.0) == []
-    one.close()
-    two.close()
+# -- real pollers: the same laws for each
+
+POLLERS = [name for name, there in (("epoll", hasattr(select, "epoll")), ("selectors", True),
+                                    ("uvloop", importlib.util.find_spec("uvloop") is not None)) if there]
+
+
+@pytest.fixture(params=POLLERS)
+def turning(request):
+    """A loop over a real poller, which is ended after 20 s."""
+    loop = Loop(pick_poller(request.param), time.monotonic)
+    assert loop.poller.name == request.param
+    guard = threading.Timer(20, lambda: loop.call_from_thread(lambda: pytest.fail("the loop hangs")))
+    guard.daemon = True
+    guard.start()
+    yield loop
+    guard.cancel()
+    signal.set_wakeup_fd(-1)
+    loop.mailbox.close()
+    if isinstance(loop.poller, UvloopPoller):
+        loop.poller.close()
+
+
+@pytest.fixture
+def pair():
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    yield near, far
+    near.close()
+    far.close()
+
+
+def run_for(loop, seconds=0.01):
+    """Turn for a moment."""
+    loop.call_later(seconds, loop.stop)
+    loop.run()
+    loop._stopped = False
+
+
+def test_handlers_are_told_what_is_ready_as_long_as_it_is(turning, pair):
+    near, far = pair
+    seen = []
+
+    def on_ready(mask):
+        seen.append(mask)
+        if len(seen) == 3:                       # nobody read: level-triggered
+            turning.stop()
+
+    turning.watch(near.fileno(), READ, on_ready)
+    far.send(b"xy")
+    turning.run()
+    assert [mask & (READ | WRITE) for mask in seen] == [READ] * 3
+
+
+def test_a_law_of_all_masks(turning):
+    """Whatever is watched, changed and forgotten: called is who is ready for what he waits for, with that."""
+    random_ = random.Random(f"masks {turning.poller.name}")
+    pairs = [socket.socketpair() for _ in range(6)]
+    masks, called = {}, {}
+    for sock, _ in pairs:
+        sock.setblocking(False)
+    for _step in range(100):
+        near, far = random_.choice(pairs)
+        fd = near.fileno()
+        match random_.randrange(4):
+            case 0:
+                far.send(b"x")
+            case 1:
+                with contextlib.suppress(BlockingIOError):
+                    near.recv(1000)
+            case 2 if fd in masks:
+                turning.unwatch(fd, masks.pop(fd))
+            case _:
+                mask = random_.choice([READ, WRITE, READ | WRITE])
+                if fd not in masks:
+                    turning.watch(fd, mask, lambda found, fd=fd: called.update({fd: called.get(fd, 0) | found & (READ | WRITE)}))
+                elif masks[fd] != mask:
+                    turning.poller.modify(fd, mask)
+                masks[fd] = mask
+        called.clear()
+        truth = select.poll()
+        for watched, mask in masks.items():
+            truth.register(watched, mask)
+        wanted = dict(truth.poll(0))
+        run_for(turning, 0.001)
+        for _ in range(100):                               # on a busy machine the moment may be over before anybody was asked
+            if called != wanted:
+                run_for(turning, 0.005)
+        assert called == wanted
+    for fd, mask in masks.items():
+        turning.unwatch(fd, mask)
+    for sock in itertools.chain(*pairs):
+        sock.close()
+
+
+def test_a_reset_is_told_and_ends_the_watch(turning):
+    near, far = tcp_pair()
+    told = []
+
+    def on_ready(_mask):
+        try:
+            told.append(near.recv(10))
+        except ConnectionResetError:
+            told.append("reset")
+            turning.drop(near, READ)
+            turning.call_later(0.01, turning.stop)
+
+    turning.watch(near.fileno(), READ, on_ready)
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    far.close()
+    turning.run()
+    assert told == ["reset"] and near.fileno() == -1
+
+
+def test_a_refused_connection_is_told_to_who_waits_to_write(turning):
+    with socket.socket() as sock, socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))                      # bound, not listening
+        sock.setblocking(False)
+        assert sock.connect_ex(nobody.getsockname()) == errno.EINPROGRESS
+        found = []
+
+        def on_ready(_mask):
+            found.append(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+            turning.unwatch(sock.fileno(), WRITE)
+            turning.stop()
+
+        turning.watch(sock.fileno(), WRITE, on_ready)
+        turning.run()
+    assert found == [errno.ECONNREFUSED]
+
+
+def test_timers_and_lanes_come_in_order_and_never_early(turning):
+    begin, fired = turning.now, []
+    lane = turning.lane(0.015, lambda key: fired.append((key, time.monotonic() - begin)))
+    turning.call_later(0.03, lambda: (fired.append(("late", time.monotonic() - begin)), turning.stop()))
+    turning.call_later(0.0, lambda: fired.append(("now", 0.0)))
+    lane.arm("lane")
+    turning.call_later(0.02, lambda: fired.append(("never", 0.0))).cancel()
+    turning.run()
+    assert [name for name, _ in fired] == ["now", "lane", "late"]
+    assert fired[1][1] >= 0.015 and fired[2][1] >= 0.03
+
+
+def test_a_timer_that_is_set_later_and_due_earlier_wins(turning):
+    order = []
+    turning.call_later(0.5, turning.stop)
+    turning.call_later(0.001, lambda: turning.call_later(0.005, lambda: (order.append("inner"), turning.stop())))
+    begin = time.monotonic()
+    turning.run()
+    assert order == ["inner"] and time.monotonic() - begin < 0.4
+
+
+def test_deferred_and_idle_work_is_done_and_starves_nobody(turning, pair):
+    near, far = pair
+    order = []
+
+    def job():
+        order.append("job")
+        if order.count("job") == 3:
+            far.send(b"x")
+        return "ready" not in order
+
+    def on_ready(_mask):
+        near.recv(10)
+        turning.defer(lambda: order.append("deferred"))
+        order.append("ready")
+        turning.call_later(0.01, turning.stop)
+
+    turning.watch(near.fileno(), READ, on_ready)
+    turning.when_idle(job)
+    turning.run()
+    assert order[:3] == ["job"] * 3 and order.index("deferred") == order.index("ready") + 1
+
+
+def test_what_is_dropped_in_a_batch_is_not_called_and_its_number_may_come_again(turning):
+    pairs = [socket.socketpair() for _ in range(4)]
+    called, fresh = [], []
+
+    def on_ready(number, _mask):
+        called.append(number)
+        if len(called) > 1:
+            return
+        for near, _ in pairs:                              # the first one ends all, itself included
+            turning.drop(near, READ)
+
+    for number, (near, far) in enumerate(pairs):
+        near.setblocking(False)
+        turning.watch(near.fileno(), READ, functools.partial(on_ready, number))
+        far.send(b"x")
+    numbers = {near.fileno() for near, _ in pairs}
+    run_for(turning)
+    assert len(called) == 1
+    spare = []
+    while True:
+        near, far = socket.socketpair()
+        if near.fileno() in numbers:                       # recycled
+            break
+        spare += [near, far]
+    turning.watch(near.fileno(), READ, lambda _mask: (fresh.append(near.recv(10)), turning.stop()))
+    far.send(b"new")
+    turning.run()
+    turning._stopped = False
+    assert fresh == [b"new"] and len(called) == 1
+    turning.drop(near, READ)
+    run_for(turning)
+    for sock in [*(other for _, other in pairs), far, *spare]:
+        sock.close()
+
+
+def test_other_threads_and_signals_wake_it(turning):
+    begin, seen = time.monotonic(), []
+    thread = threading.Timer(0.02, lambda: turning.call_from_thread(lambda: seen.append("thread")))
+    before = signal.getsignal(signal.SIGUSR1)
+    turning.on_signal(signal.SIGUSR1, lambda *_: turning.call_from_thread(lambda: (seen.append("signal"), turning.stop())))
+    later = threading.Timer(0.04, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    thread.start()
+    later.start()
+    turning.run()
+    signal.signal(signal.SIGUSR1, before)
+    assert seen == ["thread", "signal"] and time.monotonic() - begin < 10
+
+
+def test_a_loop_at_rest_does_not_turn(turning, pair):
+    near, _ = pair
+    turning.watch(near.fileno(), READ, lambda _mask: None)
+    turning.call_later(3600, lambda: None)
+    run_for(turning, 0.01)
+    before = turning.turns
+    run_for(turning, 0.15)
+    assert turning.turns - before <= 3
+    turning.unwatch(near.fileno(), READ)
+
+
+def test_an_exception_is_blamed_and_the_loop_goes_on(turning, pair, monkeypatch):
+    logged = []
+    monkeypatch.setattr(LogBook, "sink", lambda level, target, text: logged.append(text))
+    monkeypatch.setattr(LogBook, "threshold", Level.TRACE)
+    near, far = pair
+
+    def on_ready(_mask):
+        near.recv(10)
+        turning.call_later(0.005, turning.stop)
+        raise ZeroDivisionError
+
+    turning.watch(near.fileno(), READ, on_ready)
+    far.send(b"x")
+    turning.run()
+    assert any("Internal error" in text and "ZeroDivisionError" in text for text in logged)
+
+
+def test_a_death_in_a_turn_ends_run(turning):
+    """What is no Exception leaves the loop: KeyboardInterrupt, SystemExit."""
+    turning.call_later(0.0, lambda: (_ for _ in ()).throw(SystemExit(3)))
+    with pytest.raises(SystemExit):
+        turning.run()
 
 
 def test_pick_poller_honours_selectors():
     assert pick_poller("selectors").name == "selectors"
     assert pick_poller("auto").name == ("epoll" if hasattr(telemt.select, "epoll") else "selectors")
+
+
+def test_a_poller_that_is_not_there_is_said_and_replaced(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    found = pick_poller("uvloop")
+    assert found.name == pick_poller("auto").name
+    settings = settings_of('[general]\nevent_loop = "uvloop"\n')
+    assert telemt.missing_parts(settings, found) == ['general.event_loop = "uvloop": the uvloop package is not installed, using epoll']
+    monkeypatch.delattr(telemt.select, "epoll")
+    settings = settings_of('[general]\nevent_loop = "epoll"\n')
+    assert telemt.missing_parts(settings, pick_poller("epoll")) == [
+        'general.event_loop = "epoll": this system does not have it, using selectors']
+    assert telemt.missing_parts(settings_of(""), pick_poller("auto")) == []
 
 
 def test_offload_brings_result_or_exception_back_to_the_loop_thread():
