@@ -91,6 +91,12 @@ def test_disturbed_sessions_excuse_bytes_too_many_but_never_too_few() -> None:
     assert soak_judge.judge(dataclasses.replace(sound(), counted=(15, 20), exact_other=1)) == []
 
 
+def test_programs_that_follow_each_other_count_each_for_itself() -> None:
+    account = dataclasses.replace(sound(), one_program=False, accepted=1, exact_total=1, counted=(0, 0))
+    assert soak_judge.judge(account) == []
+    assert len(soak_judge.judge(dataclasses.replace(account, current={"anna": 1}, users_live=frozenset(), bad=9))) == 3
+
+
 def test_weather_excuses_what_it_met() -> None:
     weather = Weather()
     assert not weather.excuses("dc5", time.monotonic())
@@ -125,7 +131,8 @@ def test_the_relay_does_what_it_says(fate: str, whole: bool) -> None:
 
 def test_the_table_names_every_figure() -> None:
     names = """seconds sessions sessions_broken strangers connections bytes restarts relay_faults changes refused edits broken_files
-        hangups polls rss_start rss_warm rss_end rss_peak fds_start fds_end fds_peak threads_start threads_end idle_cpu smallest_leak
+        hangups polls rss_start rss_warm rss_end rss_peak fds_start fds_end fds_peak threads_start exchanges
+        threads_end idle_cpu smallest_leak
         findings"""
     figures = dict.fromkeys(names.split(), 1)
     lines = soak.table({"direct": figures, "middle": figures}).splitlines()

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """soak - the whole program for minutes or hours in a crowd that misbehaves, while everything around it changes.
 
-usage: soak.py [--minutes N | --hours N | --seconds N] [--seed S] [--only direct|middle] [--write] [--prove]
+usage: soak.py [--minutes N | --hours N | --seconds N] [--seed S] [--only NAME] [--write] [--prove]
 
-Two instances run side by side, one straight to data centres and one through the middle end, each with API, metrics and masking.
+Three instances run side by side, each with API, metrics and masking: one straight to data centres, one through the middle end, and one
+that is exchanged by SIGUSR2 again and again, which must not cost one session.
 Clients of every kind and strangers of every kind come and go, half of them through a chaos relay (slices of one byte, delays,
 resets, half-open connections); users are created, patched, disabled, rotated and deleted through the API; the file is edited,
 broken and mended under SIGHUP; metrics and the status page are polled; a data centre and middle ends restart, corrupt and reset.
@@ -48,6 +49,7 @@ PAGE = ROOT / "docs" / "performance.md"
 fake: Any = importlib.import_module("fake_middle_end")
 
 USERS = [User("exact", os.urandom(16), exact=True), *(User(name, os.urandom(16)) for name in ("anna", "boris", "c-3"))]
+NAMES = ("direct", "middle", "exchanged")
 TENANTS = 4                              # sessions of the direct instance that must outlive everything
 GENTLE_DCS = {1: True, 2: True, 3: True, 4: False, 5: False}     # 2 slices, 3 delays, 4 breaks, 5 restarts
 READS = ("/v1/health", "/v1/stats/summary", "/v1/stats/zero/all", "/v1/users", "/v1/stats/upstreams", "/v1/stats/me-writers",
@@ -203,7 +205,7 @@ class Instance:
         self.name, self.quick, self.rng = name, quick, random.Random(f"{seed}/{name}")
         self.tally, self.account = Tally(), Account(name)
         self.web = Web()
-        self.world: Any = (DirectWorld if name == "direct" else MiddleWorld)(self.tally, random.Random(self.rng.random()))
+        self.world: Any = (MiddleWorld if name == "middle" else DirectWorld)(self.tally, random.Random(self.rng.random()))
         self.api = doubles.ApiScript(doubles.free_port())
         self.metrics_port = doubles.free_port()
         port = doubles.free_port()
@@ -219,6 +221,8 @@ class Instance:
         self.grown: dict[str, float] = {}
         self.tenants: list[Any] = []             # sessions that stay from the first moment to the last, idle between the calms
         jobs: list[Callable[[random.Random], None]] = [self.change_users, self.race, self.edit_file, self.strike, self.poll]
+        self.pace = {"strike": 4, "exchange": 10}        # how much more seldom than the others
+        self.alone: list[Callable[[random.Random], None]] = [self.edit_file, self.strike]      # jobs that exclude each other
         self.threads = [threading.Thread(target=self._repeat, args=(job, random.Random(self.rng.random())), daemon=True) for job in jobs]
 
     def config(self) -> dict[str, Any]:
@@ -235,13 +239,13 @@ class Instance:
         """`job` again and again, never in a calm; its error is a finding."""
         while not self.over.is_set():
             try:
-                with self.may_change if job in (self.edit_file, self.strike) else contextlib.nullcontext():
+                with self.may_change if job in self.alone else contextlib.nullcontext():
                     if self.crowd.may_go.is_set():
                         job(rng)
             except Exception as error:
                 self.tally.fault(f"{job.__name__}: {error!r}")
             low, high = (0.02, 0.2) if self.quick else (0.2, 2.0)
-            self.over.wait(rng.uniform(low, high) * (4 if job == self.strike else 1))
+            self.over.wait(rng.uniform(low, high) * self.pace.get(job.__name__, 1))
 
     # what changes
 
@@ -379,8 +383,8 @@ class Instance:
             self.tally.fault(f"the crowd does not come to rest: {self.crowd.late()}")
         with self.may_change:
             self.account.samples.append(self.settled(2 if self.quick else 60))
-        self.knock()
-        self.read_log()
+            self.knock()
+            self.read_log()
         self.world.tidy()
         self.crowd.go_on()
 
@@ -451,7 +455,8 @@ class Instance:
             rows = {row["username"]: row for row in self.api.data("/v1/users")}
             account.current = {name: row["current_connections"] for name, row in rows.items()}
             account.accepted = int(now["telemt_connections_total"])
-            if time.monotonic() > until or (not any(account.current.values()) and account.accepted == account.dialled):
+            even = account.accepted == account.dialled or not account.one_program
+            if time.monotonic() > until or (not any(account.current.values()) and even):
                 break
             time.sleep(0.2)
         account.bad = int(now["telemt_connections_bad_total"])
@@ -459,7 +464,7 @@ class Instance:
         account.moved = counts["exact_up"], counts["exact_down"]
         account.counted = rows["exact"]["octets_from_client"], rows["exact"]["octets_to_client"]
         account.exact_good, account.exact_other = counts["exact_good"], counts["exact_other"]
-        account.exact_total = int(now['telemt_user_connections_total{user="exact"}'])
+        account.exact_total = int(now.get('telemt_user_connections_total{user="exact"}', 0))
         account.good = counts["good"]
         account.users_live = frozenset(rows)
         account.users_file = frozenset(tomllib.loads(self.proxy.config.read_text())["access"]["users"])
@@ -474,6 +479,52 @@ class Instance:
         self.world.close()
 
 
+class Exchanged(Instance):
+    """The same, and the program is exchanged again and again.  Each has counters of its own; sessions of all of them must end well."""
+
+    def __init__(self, folder: Path, seed: int, quick: bool, command: Sequence[str]) -> None:
+        super().__init__("exchanged", folder, seed, quick, command)
+        self.account.one_program = False
+        self.alone.append(self.exchange)
+        self.threads.append(threading.Thread(target=self._repeat, args=(self.exchange, random.Random(self.rng.random())), daemon=True))
+
+    def start(self) -> None:
+        self.exchange(self.rng)                  # the first calm point is of a program that took over, as all later ones are
+        super().start()
+
+    def exchange(self, rng: random.Random) -> None:
+        """SIGUSR2, and wait until the new program serves."""
+        with self.crowd.weather.storm("replay"):         # the table of those that were seen begins anew
+            done, count = len(self.proxy.log("Took over")), len(self.proxy.log(r"Process \d+ accepts now"))
+            os.kill(self.proxy.process.pid, signal.SIGUSR2)
+            self.proxy.wait_log("Took over", done + 1, PATIENCE_S)
+            self.proxy.pid = int(self.proxy.wait_log(r"Process (\d+) accepts now", count + 1, PATIENCE_S)[1])
+            self.grown = {}
+        self.tally.add(exchanges=1)
+
+    def processes(self) -> int:
+        """Programs with our configuration, a caretaker of them not included."""
+        found = 0
+        for folder in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                found += folder.name.isdigit() and str(self.proxy.config).encode() in (folder / "cmdline").read_bytes()
+        return found
+
+    def settled(self, limit_s: float) -> Sample:
+        """And with the last session of a program goes the program."""
+        until = time.monotonic() + limit_s + 10
+        while (left := self.processes()) > 1 and time.monotonic() < until:
+            time.sleep(0.1)
+        if left > 1:
+            self.tally.fault(f"{left} programs in a calm")
+        return super().settled(limit_s)
+
+    def finish(self) -> None:
+        super().finish()
+        if left := self.processes():
+            self.account.faults.append(f"{left} programs are left at the end")
+
+
 # -- a run -------------------------------------------------------------------------------------------------------------------------
 
 def run(seconds: float, seed: int, names: Sequence[str], command: Sequence[str] = (),
@@ -484,7 +535,8 @@ def run(seconds: float, seed: int, names: Sequence[str], command: Sequence[str] 
     instances: list[Instance] = []
     try:
         for name in names:
-            instances.append(Instance(name, folder, seed, quick, command))
+            more = seed, quick, command
+            instances.append(Exchanged(folder, *more) if name == "exchanged" else Instance(name, folder, *more))
         for instance in instances:
             instance.start()
         soak(instances, seconds, quick, tell)
@@ -534,6 +586,7 @@ def figures(instance: Instance, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds), "sessions": counts["good"], "sessions_broken": counts["lost"], "connections": instance.account.dialled,
         "strangers": counts["strangers"] + counts["replays"], "bytes": counts["bytes_up"] + counts["bytes_down"],
         "restarts": counts["dc_restarts"] + counts["me_restarts"] + counts["link_faults"],
+        "exchanges": counts["exchanges"],
         "relay_faults": counts["resets"] + counts["half_open"] + counts["slices"],
         "changes": counts["changes"], "refused": counts["refused"], "edits": counts["edits"], "broken_files": counts["broken_files"],
         "hangups": counts["hangups"], "polls": counts["polls"],
@@ -554,6 +607,7 @@ ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("connections in all", lambda f: f"{f['connections']:,}"),
     ("bytes through the clients", lambda f: f"{f['bytes'] / 1e9:.2f} GB"),
     ("restarts and broken links of data centres and middle ends", lambda f: f"{f['restarts']:,}"),
+    ("exchanges of the program (SIGUSR2)", lambda f: f"{f['exchanges']:,}"),
     ("faults of the relay", lambda f: f"{f['relay_faults']:,}"),
     ("changes through the API, refused ones", lambda f: f"{f['changes']:,}, {f['refused']:,}"),
     ("edits of the file, broken files, SIGHUPs", lambda f: f"{f['edits']:,}, {f['broken_files']:,}, {f['hangups']:,}"),
@@ -594,7 +648,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     length.add_argument("--hours", type=float)
     length.add_argument("--seconds", type=float)
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--only", choices=("direct", "middle"))
+    parser.add_argument("--only", choices=NAMES)
     parser.add_argument("--out", type=Path, default=OUT, help="where the JSON goes")
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     parser.add_argument("--prove", action="store_true", help="run programs with planted leaks instead, which must be found")
@@ -612,7 +666,7 @@ def main(words: Sequence[str]) -> int:
     print(f"seed {seed}", flush=True)
     if options.prove:
         return prove(seed)
-    names = [options.only] if options.only else ["direct", "middle"]
+    names = [options.only] if options.only else NAMES
     instances, findings = run(seconds, seed, names)
     results = {one.name: figures(one, seconds) | {"findings": sum(text.startswith(one.name) for text in findings)} for one in instances}
     print(f"\n{table(results)}\n")

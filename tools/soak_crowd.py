@@ -54,7 +54,7 @@ class Tally:
 
 
 class Weather:
-    """Planned disturbances: a scope is a data centre (`dc5`) or `all`."""
+    """Planned disturbances: a scope is a data centre (`dc5`), `replay`, or `all`."""
 
     def __init__(self) -> None:
         self._ends: dict[str, float] = {}
@@ -482,7 +482,7 @@ class Crowd:
                 thief.sees_the_site(client.hello)
             self.tally.add(replays=1)
         except (AssertionError, *HANGUPS) as error:
-            self._not_excused("all", begun, f"replay: {error!r}")
+            self._not_excused("replay", begun, f"replay: {error!r}")
 
     def _not_excused(self, scope: str, begun: float, text: str) -> None:
         if self.weather.excuses(scope, begun):

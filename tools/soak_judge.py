@@ -50,6 +50,7 @@ class Account:
     bad_by_class: int = 0                       # sum of the same by class
     moved: tuple[int, int] = (0, 0)             # bytes from and to the clients of the exact user, as they counted
     counted: tuple[int, int] = (0, 0)           # the same as the program counted
+    one_program: bool = True                    # False: programs followed each other, each with counters of its own
     exact_good: int = 0                         # his sessions that ended well
     exact_other: int = 0                        # and those that a planned disturbance ended
     exact_total: int = 0                        # sessions of his that the program counted
@@ -114,22 +115,28 @@ def threads(samples: Sequence[Sample]) -> Iterable[str]:
 
 def counters(account: Account) -> Iterable[str]:
     """What was counted is what happened."""
-    if account.accepted != account.dialled:
-        yield f"{account.accepted} connections accepted, {account.dialled} made"
     if account.bad != account.bad_by_class:
         yield f"{account.bad} bad connections, {account.bad_by_class} by class"
     if not account.exact_good:
         yield "not one session of the exact user ended well: nothing was proved"
+    if account.one_program:
+        yield from exact(account)
+    if left := {name: number for name, number in account.current.items() if number}:
+        yield f"connections left at the end: {left}"
+    if account.users_file != account.users_live:
+        yield f"users of the file and of the process differ: {sorted(account.users_file ^ account.users_live)}"
+
+
+def exact(account: Account) -> Iterable[str]:
+    """Connections, and the bytes of the exact user, one by one."""
+    if account.accepted != account.dialled:
+        yield f"{account.accepted} connections accepted, {account.dialled} made"
     for way, moved, counted in zip(("from", "to"), account.moved, account.counted, strict=True):
         if counted < moved or (counted > moved and not account.exact_other):
             yield f"{counted} bytes counted {way} clients of the exact user, {moved} moved"
     sessions = account.exact_good + account.exact_other
     if not account.exact_good <= account.exact_total <= sessions:
         yield f"{account.exact_total} sessions of the exact user counted, {sessions} made, {account.exact_good} ended well"
-    if left := {name: number for name, number in account.current.items() if number}:
-        yield f"connections left at the end: {left}"
-    if account.users_file != account.users_live:
-        yield f"users of the file and of the process differ: {sorted(account.users_file ^ account.users_live)}"
 
 
 def ends(account: Account) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""`make soak` in three seconds: both instances, everybody at once, and the same judge."""
+"""`make soak` in three seconds: all instances, everybody at once, and the same judge."""
 from __future__ import annotations
 
 import json
@@ -16,6 +16,6 @@ def test_a_short_soak_is_sound(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(out.read_text())
     assert found["findings"] == []
-    for name in ("direct", "middle"):
+    for name in ("direct", "middle", "exchanged"):
         row = found["results"][name]
         assert row["sessions"] > 5 and row["strangers"] > 1 and row["changes"] > 0 and row["hangups"] > 0, row
