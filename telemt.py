@@ -4028,6 +4028,7 @@ FLAG_QUICK_ACK: Final = 0x8000_0000
 FLAGS_OF: Final = {"abridged": 0x4002_1000, "intermediate": 0x2002_1000, "secure": 0x2802_1000}      # by Framing.name
 SECRET_MIN: Final = 32
 LIST_ENDPOINTS_MAX: Final = 128          # of a list: Telegram's have about thirty, and each one gets a link or three
+LIST_DIRECTIVES_MAX: Final = 2048        # that are looked at: 13 ms; a megabyte of them would stop everybody for a third of a second
 _AD_TAG: Final = bytes.fromhex("18000000 ae261edb 10")
 _SCHEMA_AES: Final = 1
 _SKEW_MAX_S: Final = 30
@@ -4429,27 +4430,37 @@ class ProxyList(NamedTuple):
     endpoints: Mapping[int, tuple[tuple[str, int], ...]]       # signed DC -> (IP, port) in the order of the text
     default_dc: int | None
     lines: int                                   # accepted proxy_for lines, duplicates included
-    left_out: int = 0                            # lines beyond LIST_ENDPOINTS_MAX endpoints
+    cut: bool = False                            # it goes on behind the limits
 
 
 def parse_proxy_config(text: str, family: int) -> ProxyList:
-    """Read such a list; family: 4 or 6.  What does not parse is skipped (middle-proxy-wire.md D2)."""
+    """Read such a list; family: 4 or 6.  What does not parse is skipped (middle-proxy-wire.md D2), and what is too much."""
     endpoints: dict[int, list[tuple[str, int]]] = {}
-    default_dc, lines, kept, left_out = None, 0, 0, 0
+    default_dc, lines, kept, cut = None, 0, 0, False
+    directives = _directives(text)
+    for words in itertools.islice(directives, LIST_DIRECTIVES_MAX):
+        if words[0] == "default" and len(words) == 2 and default_dc is None:
+            default_dc = _parse_number(words[1])
+        elif words[0] == "proxy_for" and len(words) == 3:
+            dc, target = _parse_number(words[1]), _parse_endpoint(words[2], family)
+            if dc and -32768 <= dc <= 32767 and target is not None:
+                lines += 1
+                known = endpoints.get(dc, [])
+                if target in known:
+                    continue
+                if kept == LIST_ENDPOINTS_MAX:
+                    cut = True
+                    continue
+                endpoints[dc] = [*known, target]
+                kept += 1
+    cut = cut or next(directives, None) is not None
+    return ProxyList({dc: tuple(listed) for dc, listed in endpoints.items()}, default_dc, lines, cut)
+
+
+def _directives(text: str) -> Iterator[list[str]]:
+    """The words of each one."""
     for line in text.splitlines():
-        for words in map(str.split, line.partition("#")[0].split(";")):
-            if words[:1] == ["default"] and len(words) == 2 and default_dc is None:
-                default_dc = _parse_number(words[1])
-            elif words[:1] == ["proxy_for"] and len(words) == 3:
-                dc, target = _parse_number(words[1]), _parse_endpoint(words[2], family)
-                if dc and -32768 <= dc <= 32767 and target is not None:
-                    lines += 1
-                    if kept == LIST_ENDPOINTS_MAX:
-                        left_out += 1
-                    elif target not in (listed := endpoints.setdefault(dc, [])):
-                        listed.append(target)
-                        kept += 1
-    return ProxyList({dc: tuple(listed) for dc, listed in endpoints.items()}, default_dc, lines, left_out)
+        yield from filter(None, map(str.split, line.partition("#")[0].split(";")))
 
 
 def _parse_number(text: str) -> int | None:
@@ -11320,8 +11331,8 @@ class Directory:
             log_me.warn("proxy list rejected: %d proxy_for lines, at least %d wanted", found.lines,
                         general.me_snapshot_min_proxy_for_lines, family=family)
             return None
-        if found.left_out:
-            log_me.warn("proxy list cut: %d lines after the first %d endpoints", found.left_out, LIST_ENDPOINTS_MAX, family=family)
+        if found.cut:
+            log_me.warn("proxy list cut: only its first %d endpoints count", LIST_ENDPOINTS_MAX, family=family)
         return found
 
     def _check_clock(self, result: Download) -> None:

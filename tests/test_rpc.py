@@ -238,6 +238,17 @@ def test_proxy_config_mirrored(case):
     assert {dc for group in joined.groups for dc in (group, -group) if joined.exact(dc)} == set(wanted)
 
 
+def test_a_list_is_read_so_far_and_no_further():
+    """128 endpoints and 2,048 directives; a duplicate is a line and no endpoint."""
+    row = "proxy_for 2 10.0.{}.{}:80;"
+    whole = telemt.parse_proxy_config("".join(row.format(n >> 8, n & 255) for n in range(128)) * 2 + "default 3", 4)
+    assert (len(whole.endpoints[2]), whole.lines, whole.default_dc, whole.cut) == (128, 256, 3, False)
+    assert telemt.parse_proxy_config("".join(row.format(n >> 8, n & 255) for n in range(129)), 4).cut
+    for text in ("x;" * 500_000, "x\n" * 500_000):
+        long = telemt.parse_proxy_config("proxy_for 2 10.0.0.1:80;" + text + "proxy_for 3 10.0.0.2:80", 4)
+        assert set(long.endpoints) == {2} and long.cut
+
+
 def test_builtin_lists_cover_every_dc():
     for family in (4, 6):
         assert sorted(telemt.builtin_list(family).endpoints) == [-5, -4, -3, -2, -1, 1, 2, 3, 4, 5]
