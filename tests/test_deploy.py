@@ -154,6 +154,24 @@ def test_a_restart_that_fails_goes_back(server: Server) -> None:
     assert "failed: " in said and server.state() == ("1.0.0",) * 3
 
 
+def test_an_exchange_that_does_not_happen_leaves_the_old_one_running(server: Server) -> None:
+    """It was never stopped, so nothing is restarted: only its files come back."""
+    server.have("1.0.0")
+    server.deploy("1.0.1")                    # brings the unit, which is why it restarts
+    server.told()
+    deaf = subprocess.Popen(["sh", "-c", "trap : USR2; read never"], stdin=subprocess.PIPE)
+    try:
+        server.stub("sleep", "exit 0")
+        server.stub("systemctl", f"""echo "$*" >> {server.folder}/told
+            case "$*" in *Type*) echo notify ;; *MainPID*) echo {deaf.pid} ;; esac""")
+        said = server.deploy("2.0.0", code=1, EXCHANGE="1")
+        assert "did not take over" in said and "going back to version 1.0.1" in said and server.state() == ("1.0.1",) * 3
+        assert "restart telemt" not in server.told()
+    finally:
+        deaf.kill()
+        deaf.communicate()
+
+
 def test_a_full_disk_goes_back(server: Server) -> None:
     """The second file cannot be copied: the first, which was, goes back as well."""
     server.have("1.0.0")

@@ -7,6 +7,7 @@
 #   CONFIG   default /etc/telemt/config.toml, on the server: it has to be there
 #   UNIT     default telemt, written from deploy/systemd/ to UNITDIR (default /etc/systemd/system); UNIT= leaves units alone
 #   RESTART  command on the server that makes the new files run; default "systemctl restart UNIT", else "/etc/init.d/telemt restart"
+#   EXCHANGE 1: no restart; the new program takes over the sockets of the old one, whose sessions go on (SIGUSR2, systemd only)
 #   PYTHON   on the server; default /usr/bin/python3
 #   WAIT     seconds for the health check after the restart; default 30
 #   SSH SCP  default ssh and scp: SSH="ssh -p 2222" SCP="scp -P 2222"
@@ -54,12 +55,36 @@ switch_to() { # FOLDER
 	! cmp -s "$1/$UNIT.service" "$UNITDIR/$UNIT.service" || return 0
 	mkdir -p "$UNITDIR" && cp "$1/$UNIT.service" "$UNITDIR/.$UNIT.new" && mv -f "$UNITDIR/.$UNIT.new" "$UNITDIR/$UNIT.service" || return 1
 	say "unit $UNITDIR/$UNIT.service written"
+	EXCHANGE=                               # the process that runs is not of this unit
 	systemctl daemon-reload
 }
 
-# Restart and wait for a client of our own to get an answer from a data centre through the proxy.
-runs() { # SECONDS
-	sh -c "$RESTART" </dev/null || { say "failed: $RESTART"; return 1; }
+# The new program takes over from the one that runs, or this fails and the old one goes on (docs/operations.md).
+exchange() {
+	before=$(systemctl show -p MainPID --value "$UNIT")
+	[ "${before:-0}" -gt 0 ] || { say "$UNIT does not run: no exchange"; return 1; }
+	kill -USR2 "$before" || return 1
+	turns=0
+	while [ "$(systemctl show -p MainPID --value "$UNIT")" = "$before" ]; do
+		turns=$((turns + 1))
+		[ "$turns" -le 75 ] || { say "the new program did not take over, see journalctl -u $UNIT"; return 1; }
+		sleep 1
+	done
+}
+
+# Make the files in place run.
+begin() { # exchange|restart|nothing
+	case "$1" in
+	exchange) exchange || { begun=; return 1; } ;;
+	restart) sh -c "$RESTART" </dev/null || { say "failed: $RESTART"; return 1; } ;;
+	esac
+}
+
+how() { if [ -n "$EXCHANGE" ]; then echo exchange; else echo restart; fi; }
+
+# Begin, and wait for a client of our own to get an answer from a data centre through the proxy.
+runs() { # SECONDS HOW
+	begin "$2" || return 1
 	end=$(($(date +%s) + $1))
 	while :; do
 		said=$("$PYTHON" -B "$LIB/telemt.py" healthcheck "$CONFIG" 2>&1) && { say "$said"; return 0; }
@@ -96,10 +121,12 @@ there() { # deploy|rollback FOLDER
 	fi
 	check_in "$new" || give_up "$(version_in "$new") does not start with $CONFIG: nothing was changed"
 	stage "$LIB" "$UNITDIR" "$old"
-	if ! { switch_to "$new" && runs "$WAIT"; }; then
+	begun=1
+	[ -z "$EXCHANGE" ] || [ "$(systemctl show -p Type --value "$UNIT" 2>/dev/null)" = notify ] || EXCHANGE=
+	if ! { switch_to "$new" && runs "$WAIT" "$(how)"; }; then
 		[ -f "$old/telemt.py" ] || give_up "this was the first version here: there is none to go back to"
 		say "going back to $(version_in "$old")"
-		{ switch_to "$old" && runs 30; } || say "THE OLD ONE DOES NOT ANSWER EITHER"
+		{ switch_to "$old" && runs 30 "${begun:+restart}"; } || say "THE OLD ONE DOES NOT ANSWER EITHER"
 		exit 1
 	fi
 	if [ -f "$old/telemt.py" ]; then
@@ -113,7 +140,7 @@ there() { # deploy|rollback FOLDER
 # -- here
 
 settings() { # as words for the shell of the server
-	for name in LIB CONFIG UNIT UNITDIR RESTART PYTHON WAIT THERE; do
+	for name in LIB CONFIG UNIT UNITDIR RESTART EXCHANGE PYTHON WAIT THERE; do
 		eval "value=\$$name"
 		# shellcheck disable=SC2154  # value: by eval
 		printf "%s='%s' " "$name" "$(printf '%s' "$value" | sed "s/'/'\\\\''/g")"
@@ -124,7 +151,7 @@ here() { # deploy|rollback HOST
 	cd "$(dirname "$0")/.."
 	SSH=${SSH:-ssh} SCP=${SCP:-scp} SUDO=${SUDO:-} FILES=${FILES:-telemt.py telemt_api.py} PREFIX=${PREFIX:-/usr/local}
 	UNITDIR=${UNITDIR:-/etc/systemd/system} CONFIG=${CONFIG:-/etc/telemt/config.toml} PYTHON=${PYTHON:-/usr/bin/python3} WAIT=${WAIT:-30}
-	UNIT=${UNIT-telemt} LIB=$PREFIX/lib/telemt THERE=${2##*@}
+	UNIT=${UNIT-telemt} EXCHANGE=${EXCHANGE:-} LIB=$PREFIX/lib/telemt THERE=${2##*@}
 	RESTART=${RESTART:-if command -v systemctl >/dev/null 2>&1; then systemctl restart ${UNIT:-telemt}; else /etc/init.d/telemt restart; fi}
 	bundle=$(mktemp -d)
 	trap 'rm -rf "$bundle"' EXIT
@@ -159,5 +186,5 @@ here() { # deploy|rollback HOST
 case "${1:-} ${2:-}" in
 "there "?*) there "$2" "$3" ;;
 "deploy "?* | "rollback "?*) here "$1" "$2" ;;
-*) sed -n '2,14p' "$0" >&2; exit 2 ;;
+*) sed -n '2,15p' "$0" >&2; exit 2 ;;
 esac

@@ -6,8 +6,10 @@ import os
 import pwd
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,8 +38,9 @@ SYSTEMCTL = """#!/bin/sh
 case "$1" in
 restart)
 	if [ -f {folder}/pid ]; then kill "$(cat {folder}/pid)"; while kill -0 "$(cat {folder}/pid)" 2>/dev/null; do sleep 0.05; done; fi
-	$(sed -n 's/^ExecStart=//p' {folder}/units/telemt.service) </dev/null >> {folder}/log 2>&1 &
+	NOTIFY_SOCKET={folder}/notify $(sed -n 's/^ExecStart=//p' {folder}/units/telemt.service) </dev/null >> {folder}/log 2>&1 &
 	echo $! > {folder}/pid ;;
+show) case "$3" in Type) sed -n 's/^Type=//p' {folder}/units/telemt.service ;; MainPID) cat {folder}/pid ;; esac ;;
 is-enabled) exit 1 ;;
 esac
 """
@@ -59,6 +62,9 @@ class Host:
         (self.folder / "bin" / "systemctl").chmod(0o755)
         for name in ("host", "user"):
             subprocess.run([path_of("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / name)], check=True)
+        self.notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.notified.bind(str(self.folder / "notify"))
+        threading.Thread(target=self._listen, daemon=True).start()
         ssh_port = free_port()
         (self.folder / "sshd_config").write_text(SSHD.format(port=ssh_port, folder=self.folder))
         with contextlib.suppress(OSError):
@@ -69,6 +75,13 @@ class Host:
         self.settings = [f"HOST={pwd.getpwuid(os.getuid()).pw_name}@127.0.0.1", f"SSH=ssh -p {ssh_port} {options}",
                          f"SCP=scp -P {ssh_port} {options}", f"PREFIX={self.folder}/prefix", f"UNITDIR={self.folder}/units",
                          f"CONFIG={self.config}", f"PYTHON={sys.executable}", "WAIT=20"]
+
+    def _listen(self) -> None:
+        """As systemd does: a new MAINPID is the service from now on."""
+        with contextlib.suppress(OSError):
+            while message := self.notified.recv(4096):
+                if found := re.search(rb"MAINPID=(\d+)", message):
+                    (self.folder / "pid").write_bytes(found[1])
 
     def make(self, word: str, *more: str, code: int = 0) -> str:
         run = subprocess.run(["make", "-s", word, *self.settings, *more], cwd=ROOT, env=clean_env(), check=False, capture_output=True,
@@ -95,6 +108,8 @@ class Host:
                 time.sleep(0.02)
             os.kill(self.pid(), signal.SIGKILL)
         self.sshd.close()
+        self.notified.shutdown(socket.SHUT_RDWR)
+        self.notified.close()
 
 
 @pytest.fixture
@@ -108,11 +123,22 @@ def host(rig: Rig) -> Iterator[Host]:
 
 
 def test_a_version_that_serves_and_one_that_does_not(host: Host) -> None:
-    """First deployment; a program that passes `check` and dies at its start; a configuration that does not load; back."""
+    """First deployment; one by exchange, in which a session goes on; a program that passes `check` and dies at its start; a
+    configuration that does not load; back.
+    """
     assert "healthy" in host.make("deploy")
     host.session()
     assert ApiScript(host.api).data("/v1/health")["status"] == "ok"
     first = host.pid()
+    client = host.rig.client(port=host.port)
+    later = host.folder / "later" / "telemt.py"
+    later.parent.mkdir()
+    later.write_text((ROOT / "telemt.py").read_text(encoding="utf-8").replace('VERSION: Final = "', 'VERSION: Final = "8.'))
+    assert "deploy: now version 8." in host.make("deploy", f"FILES={later} telemt_api.py", "EXCHANGE=1")
+    client.req_pq()
+    assert host.pid() != first, "somebody was disconnected, or nothing was exchanged"
+    first = host.pid()
+    client.close()
     text = (ROOT / "telemt.py").read_text(encoding="utf-8").replace('VERSION: Final = "', 'VERSION: Final = "9.')
     broken = host.folder / "telemt.py"
     text, count = re.subn(r"^    loop\.run\(\)\n    server\.", "    sys.exit(3)\n    server.", text, flags=re.M)
@@ -128,7 +154,8 @@ def test_a_version_that_serves_and_one_that_does_not(host: Host) -> None:
     host.config.write_text(good)
     assert host.pid() == second
     host.session()
-    assert "no version before this one" in host.make("rollback", code=1)
+    assert "rollback: now version 0" in host.make("rollback")
+    host.session()
 
 
 def test_the_installed_command_serves(rig: Rig) -> None:
