@@ -339,6 +339,27 @@ def test_the_driver_of_the_pool_decides_nothing() -> None:
     assert len(policy) > 20 and not policy & read
 
 
+ADDRESSES = {                          # lines above debug with the address of a client; all of them are those of 3.2.1 (CONTRIBUTING, rule 6)
+    "TLS handshake successful", "MTProto handshake successful", "Connecting to Telegram DC", "Routing via Middle-End",
+    "Connection closed with error", "IP limit exceeded", "Failed to write TLS ServerHello", "Invalid PROXY protocol header",
+    "TLS replay attack detected (duplicate digest)", "MTProto replay attack detected"}
+
+
+def test_no_other_line_tells_the_address_of_a_client() -> None:
+    found = set()
+    for book in BOOKS:
+        for call in ast.walk(ast.parse((ROOT / book).read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in ("info", "warn", "error"):
+                ours = isinstance(call.func.value, ast.Name) and call.func.value.id == "log_upstreams"        # it tells our own address
+                named = {word.arg for word in call.keywords} & {"peer", "client", "sender", *(() if ours else ("ip",))}
+                values = {node.attr for part in (*call.args, *(word.value for word in call.keywords)) for node in ast.walk(part)
+                          if isinstance(node, ast.Attribute)} & {"peer", "client_address"}
+                ends = isinstance(call.args[0], ast.Constant) and call.args[0].value == "Connection closed with error"
+                if named or values or ends:
+                    found.add(ast.literal_eval(call.args[0]))
+    assert found == ADDRESSES
+
+
 @pytest.mark.parametrize("name", BOOKS)
 def test_no_name_has_two_owners(name: str) -> None:
     """A second definition of a top-level name silently replaces the first, in whatever room that stands."""
