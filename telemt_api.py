@@ -1418,7 +1418,7 @@ class Route(NamedTuple):
 
     method: str
     path: str                    # {username} stands for one segment
-    name: str                    # handler and operationId
+    name: str                    # handler; operationId where that is not in _OPERATIONS
     data: str                    # shape of `data`; empty: no envelope
     summary: str
     action: str = ""             # of a mutation: what parse_command() is told
@@ -1768,7 +1768,7 @@ def describe(route: Route) -> JsonObject:
     answer = {"description": "Success.", "content": {JSON_TYPE: {"schema": envelope}}}
     refusal = {"content": {JSON_TYPE: {"schema": schema_of("ErrorEnvelope")}}}
     user = "{username}" in route.path
-    codes = ["400", "401", "403"] + ["404", "405"] * user + ["409"] * bool(route.action) + ["413"] * bool(route.body) + ["500", "503"]
+    codes = ["400", "401", "403"] + ["404"] * user + ["405"] * (route.name == "get_user") + ["409"] * bool(route.action) + ["413"] * bool(route.body) + ["500", "503"]
     answers = {str(route.status): answer} | {code: {"description": _ANSWERS[code], **refusal} for code in [*codes, "default"]}
     if route.name == "get_ready":
         answers["503"] = answer | {"description": "Not ready."}
@@ -1792,10 +1792,30 @@ def describe(route: Route) -> JsonObject:
     return found | {"responses": answers}
 
 
+def describe_page(method: str, path: str) -> JsonObject:
+    """The OpenAPI operation of the status page: no envelope, and no key is asked for."""
+    answer: JsonObject = {"description": "The page."}
+    if method == "get":
+        answer["content"] = {_PAGE_TYPE: {"schema": {"type": "string"}}}
+    refusal = {"content": {JSON_TYPE: {"schema": schema_of("ErrorEnvelope")}}} if method == "get" else {}
+    return {"operationId": method + ("Ui" if path == "/ui" else "Root"), "summary": "Status page", "security": [], "responses": {
+        "200": answer, **{code: {"description": _ANSWERS[code], **refusal} for code in ("401", "403", "default")},
+        "404": {"description": "server.api.ui is off.", **refusal}}}
+
+
+_PAGE_TYPE: Final = "text/html; charset=utf-8"
+_OPERATIONS: Final = {"/v1/openapi.json": "getOpenApi", "/v1/users": "listUsers", "/v1/stats/users": "getStatsUsers",
+                      "/v1/stats/users/quota": "getUserQuotas", "/v1/users/{username}/qr": "getUserQr",
+                      "/v1/users/{username}/reset-quota": "resetUserQuota"}
+
+
 def operation_id(route: Route) -> str:
-    """Unique name of a route: its own, and the way to it where several routes share the handler."""
+    """Unique name of a route, that of the contract where it has one: generated clients call their methods so."""
+    if route.path in _OPERATIONS and route.name != "create_user":
+        return _OPERATIONS[route.path]
+    first, *words = route.name.split("_")
     same = [other.path for other in ROUTES if other.name == route.name]
-    return route.name if same[0] == route.path else f"{route.name}_{same.index(route.path) + 1}"
+    return first + "".join(map(str.capitalize, words)) + ("" if same[0] == route.path else "Alias")
 
 
 def make_openapi(version: str) -> JsonObject:
@@ -1803,6 +1823,7 @@ def make_openapi(version: str) -> JsonObject:
     paths: dict[str, JsonObject] = {}
     for route in ROUTES:
         paths.setdefault(route.path, {})[route.method.lower()] = describe(route)
+    paths |= {path: {method: describe_page(method, path) for method in ("get", "head")} for path in ("/", "/ui")}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Telemt Control API", "version": version,
@@ -2078,14 +2099,14 @@ class Store:
                 raise OSError(errno.EINVAL, "not a regular file")
             return file.read()
 
-    def _decode(self, path: str, data: bytes) -> str:
+    def _decode(self, path: str, data: bytes, failed: str = "failed to load config: Config error") -> str:
         try:
             return data.decode()
         except UnicodeDecodeError as error:
-            raise internal_error(f"failed to load config: {path}: not valid UTF-8 at byte {error.start}") from None
+            raise internal_error(f"{failed}: {path}: not valid UTF-8 at byte {error.start}") from None
 
     def _revision_of(self, data: bytes) -> str:
-        self._decode(self._path, data)
+        self._decode(self._path, data, "failed to read config")
         return hashlib.sha256(data).hexdigest()
 
 
@@ -4007,7 +4028,9 @@ class ControlApi:
         body = request.body(self._api.request_body_limit_bytes) if route.body else b""
         kind = f"api.user.{route.action}"
         try:
-            outcome = self._store.apply(parse_command(route.action, name, body), wanted)
+            command = parse_command(route.action, name, body)
+            name = command.username
+            outcome = self._store.apply(command, wanted)
         except ApiError as error:
             self._note(f"{kind}.failed", f"username={name} code={error.code}" if name else f"code={error.code}")
             raise

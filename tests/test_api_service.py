@@ -470,12 +470,15 @@ def test_a_life_of_a_user(make: Callable[[str], Desk]) -> None:
     assert desk.code("GET /v1/users/carol") == (404, "not_found", "User not found")
     assert desk.code("DELETE /v1/users/alice%2Fbob") == (404, "not_found", "User not found")
     assert desk.ask("DELETE /v1/users/alice")[0] == 200
+    assert desk.code("POST /v1/users", {}, b'{"username":"bob"}')[1] == "user_exists"
+    assert desk.code("POST /v1/users", {}, b'{"username":"bob\\u0000"}')[0] == 400
     assert desk.code("DELETE /v1/users/bob") == (409, "last_user_forbidden", "Cannot delete the last configured user")
     events = desk.data("/v1/runtime/events/recent")["data"]
     assert [event["event_type"] for event in events["events"]] == [
         "api.user.create.ok", "api.user.patch.ok", "api.user.delete.failed", "api.user.disable.ok", "api.user.enable.ok",
         "api.user.rotate_secret.ok", "api.user.reset_quota.ok", "api.user.delete.ok", "api.user.delete.failed", "api.user.delete.ok",
-        "api.user.delete.failed"]
+        "api.user.create.failed", "api.user.create.failed", "api.user.delete.failed"]
+    assert [event["context"] for event in events["events"][10:12]] == ["username=bob code=user_exists", "code=bad_request"]
     assert events["events"][2]["context"] == "username=carol code=revision_conflict"
     assert rotated["secret"] not in json.dumps(events)
 

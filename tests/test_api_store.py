@@ -509,7 +509,8 @@ def test_a_file_that_is_not_utf8_has_no_revision(bench: Bench) -> None:
     bench.path.write_bytes(b"# \xff")
     with pytest.raises(ApiError) as caught:
         bench.store.revision()
-    assert caught.value.status == 500
+    assert (caught.value.status, caught.value.message) == (500, f"failed to read config: {bench.path}: not valid UTF-8 at byte 2")
+    assert bench.refusal("create", "eve")[2].startswith("failed to load config: Config error: ")
 
 
 # -- leftovers
