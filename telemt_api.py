@@ -1768,7 +1768,8 @@ def describe(route: Route) -> JsonObject:
     answer = {"description": "Success.", "content": {JSON_TYPE: {"schema": envelope}}}
     refusal = {"content": {JSON_TYPE: {"schema": schema_of("ErrorEnvelope")}}}
     user = "{username}" in route.path
-    codes = ["400", "401", "403"] + ["404"] * user + ["405"] * (route.name == "get_user") + ["409"] * bool(route.action) + ["413"] * bool(route.body) + ["500", "503"]
+    codes = ["400", "401", "403"] + ["404"] * user + ["405"] * (route.name == "get_user") + ["409"] * bool(route.action)
+    codes += ["413"] * bool(route.body) + ["500", "503"]
     answers = {str(route.status): answer} | {code: {"description": _ANSWERS[code], **refusal} for code in [*codes, "default"]}
     if route.name == "get_ready":
         answers["503"] = answer | {"description": "Not ready."}

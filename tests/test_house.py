@@ -339,7 +339,7 @@ def test_the_driver_of_the_pool_decides_nothing() -> None:
     assert len(policy) > 20 and not policy & read
 
 
-ADDRESSES = {                          # lines above debug with the address of a client; all of them are those of 3.2.1 (CONTRIBUTING, rule 6)
+ADDRESSES = {                          # of clients: the lines above debug that carry one are all of 3.2.1 (CONTRIBUTING, rule 6)
     "TLS handshake successful", "MTProto handshake successful", "Connecting to Telegram DC", "Routing via Middle-End",
     "Connection closed with error", "IP limit exceeded", "Failed to write TLS ServerHello", "Invalid PROXY protocol header",
     "TLS replay attack detected (duplicate digest)", "MTProto replay attack detected"}
