@@ -58,46 +58,85 @@ if sys.version_info < (3, 11):
     sys.exit(1)
 
 
-def _start_afresh() -> None:
+def _slim(code: Any) -> Any:
+    """The same code without its docstrings and without the columns of its line table, which is half of it; tracebacks keep the lines.
+
+    Bytes of the table as in CPython's locations.md: two kinds of entries are enough, for up to eight code units each.
+    """
+    runs: list[tuple[int, int, int | None]] = []
+    for begin, end, line in code.co_lines():                   # 3.11 has a run for every expression
+        runs.append((runs.pop()[0] if runs and runs[-1][2] == line else begin, end, line))
+    table, before = bytearray(), code.co_firstlineno
+    for begin, end, line in runs:
+        for units in range((end - begin) // 2, 0, -8):
+            if line is None:
+                table.append(0xF8 | min(units, 8) - 1)
+                continue
+            table.append(0xE8 | min(units, 8) - 1)             # the line moves by `step`: the sign is the lowest bit, six bits a byte
+            step, before = line - before << 1 if line >= before else before - line << 1 | 1, line
+            while step > 63:
+                table.append(step & 63 | 64)
+                step >>= 6
+            table.append(step)
+    consts = [_slim(item) if isinstance(item, type(code)) else item for item in code.co_consts]
+    if consts and code.co_flags & 2 and code.co_name[0] != "<" and isinstance(consts[0], str):     # 2: has fast locals, so no class
+        consts[0] = None
+    return code.replace(co_consts=tuple(consts), co_linetable=bytes(table))
+
+
+_LOADER = """
+def _load(fd, size):
+    import marshal
+    with open(fd, 'rb') as file:
+        file.seek(-size, 2)
+        return marshal.loads(file.read())
+exec(_load(%d, %d))
+run_and_exit()
+"""
+
+
+def _start_afresh() -> bool:
     """Continue in a new image of the interpreter that gets this file compiled, so the compiler's memory is gone.
 
-    Compiling 6,000 lines leaves 12 MB of heap that malloc does not give back: more than half of what the running proxy
-    needs.  Python runs compiled code from any file, so it goes into a nameless one in memory; `-X telemt=` carries the name,
-    for us and for `ps`.  Same process, same arguments.  Where anything is unusual, or fails, nothing happens.
+    Compiling 16,000 lines leaves 20 MB of heap that malloc does not give back: as much as the running proxy needs.  Python runs
+    compiled code from any file, so it goes into a nameless one in memory, behind a few lines that run it, so that the code of
+    classes and of the file itself can be forgotten before the proxy begins; `-X telemt=` carries the name, for us and for `ps`.
+    Same process, same arguments.  Where anything is unusual, or fails, nothing happens.  True: this is the new image.
     """
     at = len(sys.orig_argv) - len(sys.argv)
     script = sys.argv[0]
     stops = (signal.SIGINT, signal.SIGTERM)
     if script.startswith("/proc/self/fd/") and "telemt" in sys._xoptions:
-        os.close(int(script.rpartition("/")[2]))
         name = os.path.realpath(str(sys._xoptions["telemt"]))  # telemt_api.py lies beside telemt.py, not in /proc or beside a link to it
         if os.path.basename(sys._getframe(1).f_code.co_filename) == "__main__.py":
             sys.path[:0 if sys.flags.safe_path else 1] = [name]        # telemt.pyz holds both; Python itself looks there with -I too
         elif not sys.flags.safe_path:
             sys.path[0] = os.path.dirname(name)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)      # what came during the change of images is heard now
-        return
+        return True
     flags = sys.orig_argv[1:at]
     usual = all(set(flag) <= set("-bBdEIOPqRsSuv") or flag[:2] in ("-X", "-W") or before in ("-X", "-W")
                 for before, flag in zip(["", *flags], flags, strict=False))        # not -c, -m, -mcProfile, -i, -x ...
     if at < 1 or sys.orig_argv[at] != script or not usual or not hasattr(os, "memfd_create") or not sys.executable:
-        return
+        return False
     import marshal
     try:
         fd = os.memfd_create("telemt", 0)
         if fd <= 2:                            # started with a standard stream closed: this must not become it
             os.close(fd)
-            return
+            return False
         with open(fd, "wb", closefd=False) as file:
             magic: bytes = sys.modules["_frozen_importlib_external"].MAGIC_NUMBER
-            file.write(magic + bytes(12) + marshal.dumps(sys._getframe(1).f_code))
+            book = marshal.dumps(_slim(sys._getframe(1).f_code))
+            file.write(magic + bytes(12) + marshal.dumps(compile(_LOADER % (fd, len(book)), "<loader>", "exec")) + book)
         if not os.path.exists(f"/proc/self/fd/{fd}"):          # no /proc, as in a chroot: after execv there is no way back
             os.close(fd)
-            return
+            return False
         signal.pthread_sigmask(signal.SIG_BLOCK, stops)        # the new image has no handlers yet; the mask outlives exec
         os.execv(sys.executable, [sys.orig_argv[0], *flags, "-X", f"telemt={script}", f"/proc/self/fd/{fd}", *sys.argv[1:]])
     except (OSError, ValueError):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
+    return False
 
 
 def _leave_early(_signum: int, _frame: object) -> None:
@@ -110,7 +149,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)    # the same: it is for programs that serve
     signal.signal(signal.SIGINT, _leave_early)       # while this file is being compiled, nobody can help: they kill
     signal.signal(signal.SIGTERM, _leave_early)
-    _start_afresh()
+    _AFRESH = _start_afresh()
 
 # OpenSSL's hashes would load a libcrypto of 3.5 MB beside the one that `cryptography` brings.  With few users the built-in
 # SHA-256 does: 2 us more per ClientHello and user tried.  With many, hash_with_openssl() undoes this.
@@ -149,7 +188,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeAlias, Type
 
 if TYPE_CHECKING:
     import argparse
-    from typing import NamedTuple, Protocol
+    from typing import NamedTuple, NoReturn, Protocol
 
     from _typeshed import WriteableBuffer
 else:
@@ -17516,8 +17555,14 @@ def run_systemctl(words: list[str]) -> None:
 
 log_cli: Final = Log("cli")
 
-if __name__ == "__main__":
+
+def run_and_exit() -> NoReturn:
+    """Run the program and leave."""
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:                  # a subcommand; the proxy itself stops in order
         sys.exit(130)
+
+
+if __name__ == "__main__" and not _AFRESH:     # else _LOADER calls it
+    run_and_exit()

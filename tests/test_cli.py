@@ -503,3 +503,52 @@ def test_code_that_cannot_be_made_is_none():
     run = subprocess.run([sys.executable, "-B", "-c", code], cwd=Path(telemt.__file__).parent, capture_output=True, text=True, check=False,
                          timeout=60)
     assert run.stdout == "None <lambda> None\n", run
+
+
+SAMPLE = '''
+"""The module."""
+class Thing:
+    """A class keeps its docstring: somebody may ask for it."""
+    word: str = "x"
+
+    def far(self, value):
+        """A method."""
+        first = [value / divisor
+                 for divisor in (2, 1, 0)]
+''' + "\n" * 300 + '''
+        return first
+def fails(n):
+    "x"
+    text = "x"
+    try:
+        return (n
+                + Thing().far(n)[0])
+    finally:
+        del text
+def doubled(words): return ",".join(f"{word}" for word in words)
+'''
+
+
+def lines_of(code):
+    """The line of every instruction of code and of all code in it."""
+    yield [position[0] for position in code.co_positions()]
+    for item in code.co_consts:
+        if isinstance(item, types.CodeType):
+            yield from lines_of(item)
+
+
+@pytest.mark.parametrize("text", [SAMPLE, Path(telemt.__file__).read_text(encoding="utf-8")], ids=["sample", "telemt.py"])
+def test_slim_code_knows_every_line(text):
+    code = compile(text, "book.py", "exec", dont_inherit=True)
+    assert list(lines_of(telemt._slim(code))) == list(lines_of(code))
+
+
+def test_slim_code_does_the_same_without_its_docstrings():
+    names: dict = {}
+    exec(telemt._slim(compile(SAMPLE, "book.py", "exec", dont_inherit=True)), names)
+    assert names["fails"].__doc__ is None and names["Thing"].far.__doc__ is None and names["Thing"].__doc__.startswith("A class")
+    assert names["doubled"](["a", "b"]) == "a,b"
+    with pytest.raises(ZeroDivisionError) as caught:
+        names["fails"](1)
+    lines = [entry.lineno for entry in caught.traceback][1:]
+    assert [SAMPLE.splitlines()[at].strip() for at in lines[:2]] == ["+ Thing().far(n)[0])", "first = [value / divisor"]

@@ -1,4 +1,7 @@
 """Room 1: the error tree, the log and its throttle."""
+import copy
+import pickle
+
 import pytest
 
 import telemt
@@ -63,3 +66,40 @@ def test_reason_words_are_unique_labels():
     words = [reason.value for reason in Reason]
     assert len(set(words)) == len(words)
     assert all(word.replace("_", "").isalnum() and word == word.lower() for word in words)
+
+
+class Row(telemt.NamedTuple):
+    """One of each."""
+
+    new: int
+    text: str = "x"
+
+    def total(self):
+        return self.new + len(self.text)
+
+
+class Bare(telemt.NamedTuple):
+    """Nothing to carry."""
+
+
+def test_a_named_tuple_is_a_tuple_with_names():
+    row = Row(1, text="abc")
+    assert row == (1, "abc") and (row.new, row.text, row.total()) == (1, "abc", 4) and repr(row) == "Row(new=1, text='abc')"
+    assert row._replace(text="") == Row(1, "") and row._asdict() == {"new": 1, "text": "abc"} and Row(2).text == "x" and Bare() == ()
+    match row:
+        case Row(number, words):
+            assert (number, words) == (1, "abc")
+    assert copy.copy(row) == pickle.loads(pickle.dumps(row)) == row and type(copy.copy(row)) is Row and Row.__slots__ == ()
+
+
+@pytest.mark.parametrize("wrong", [lambda: Row(), lambda: Row(1, "a", 2), lambda: Row(1, words="a"), lambda: Row(1)._replace(word="")])
+def test_a_named_tuple_has_its_own_fields_only(wrong):
+    with pytest.raises(TypeError):
+        wrong()
+
+
+def test_a_named_tuple_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        Row(1).new = 2
+    with pytest.raises(AttributeError):
+        Row(1).other = 2
