@@ -6480,6 +6480,11 @@ class PoolPlanner:
             group.shadow_at = min(group.shadow_at, now + settings.general.me_single_endpoint_shadow_rotate_every_secs)
         roster.touched.update(roster.groups)
 
+    @property
+    def generation(self) -> int:
+        """The number in force."""
+        return self.roster.generations.active
+
     def on_map(self, now: float, v4: EndpointMap, v6: EndpointMap, default_dc: int) -> None:
         """New lists of middle ends.  Empty ones are refused: an empty list drains nothing."""
         if not any(map(len, v4.values())) and not any(map(len, v6.values())):
@@ -10848,6 +10853,8 @@ class Planner(Protocol):
 
     queued: Callable[[int], int]         # bytes that wait for a link's socket; the driver's
 
+    @property
+    def generation(self) -> int: ...
     def apply(self, now: float, settings: Settings) -> None: ...
     def on_map(self, now: float, v4: EndpointMap, v6: EndpointMap, default_dc: int) -> None: ...
     def on_families(self, now: float, order: Sequence[int], multipath: bool) -> None: ...
@@ -13924,7 +13931,7 @@ class Routing:
         core.hand_over(self, relay)
         if log_session.enabled(Level.INFO):
             log_session.info("Routing via Middle-End", user=self.user.name, peer=self.peer, dc=preamble.dc, proto=framing.name,
-                             mode="middle_proxy", link=link.id)
+                             mode="middle_proxy", pool_generation=core.pool.planner.generation, link=link.id)
         core.loop.call(relay.start, early, meta)
 
     def on_crash(self) -> None:

@@ -28,6 +28,7 @@ class Script:
         self.todo, self.said, self.way = [], [], None
         self.pings = True
         self.dead = False
+        self.generation = 1
 
     def __getattr__(self, name):
         if not name.startswith("on_") and name != "apply":
@@ -337,6 +338,18 @@ def test_a_flood_of_answers_for_nobody_costs_no_search(rig, me):
     assert len(link.told) == 1024 and isinstance(link.told, dict) and link.bound
 
 
+def test_a_read_is_decrypted_in_one_call_whatever_frames_it_holds(rig):
+    with fake.FakeMiddleEnd(on_req=fake.echo, coalesce=True) as me:
+        link, far = rig.open(me)
+        session = rig.bind(link)
+        calls, reads, real, read = [], [], link.inlet.decryptor, link.inlet.stream.read_into
+        link.inlet.decryptor = types.SimpleNamespace(crypt=lambda *args: (calls.append(args[-1]), real.crypt(*args)))
+        link.inlet.stream = types.SimpleNamespace(read_into=lambda *args: (reads.append(read(*args)), reads[-1])[1])
+        far.send(*[fake.answer(7, bytes(1000))] * 500)
+        rig.until(lambda: len(session.answers) == 500)
+        assert len(calls) <= len([size for size in reads if size > 0]) < 100 and sum(calls) >= 500 * 1028
+
+
 class WatchedReader(telemt.FrameReader):
     """Notes what each read cost."""
 
@@ -551,6 +564,28 @@ def test_socks_without_a_usable_address(me, policy):
         rig.do(OpenLink(1, 2, (me.host, me.port), 1))
         rig.until(lambda: rig.planner.told("on_dial_failed"))
         assert rig.total("socks_kdf_strict_reject_total") == 1
+    rig.close()
+
+
+@pytest.mark.parametrize(("kind", "bound", "local", "reflected", "ip", "port"), [
+    ("direct", None, "10.0.0.5", "203.0.113.9", "203.0.113.9", 4711),
+    ("direct", None, "198.18.5.5", None, "198.18.5.5", 4711),
+    ("direct", None, "8.8.4.4", "203.0.113.9", "8.8.4.4", 4711),
+    ("direct", None, "::ffff:10.0.0.5", "5.9.9.9", "5.9.9.9", 4711),
+    ("socks5", ("5.9.8.7", 999), "10.0.0.5", "203.0.113.9", "5.9.8.7", 999),
+    ("socks4", ("10.1.1.1", 999), "10.0.0.5", "203.0.113.9", "", 0)])
+def test_what_is_known_of_our_address_enters_the_keys(kind, bound, local, reflected, ip, port):
+    """middle-proxy-wire.md D4: the address that STUN saw, our own if it is public, what a SOCKS server says it sends from."""
+    rig = Rig("[general]\nuse_middle_proxy = true\n")
+    rig.pool.network.reflected = lambda version: reflected if version == 4 else None
+    connected = Connected(types.SimpleNamespace(local_address=lambda: (local, 4711)), kind, bound)
+    if not ip:
+        with pytest.raises(RouteError, match="strict policy"):
+            rig.pool.choose_ends(("149.154.175.50", 8888), connected)
+        assert rig.total("socks_kdf_strict_reject_total") == 1
+    else:
+        ends = rig.pool.choose_ends(("149.154.175.50", 8888), connected)
+        assert ends[:4] == (ip, port, "149.154.175.50", 8888)
     rig.close()
 
 
