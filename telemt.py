@@ -6978,6 +6978,13 @@ def draw_fraction() -> float:
 _Key = TypeVar("_Key", bound=Hashable)
 
 
+def shrink(table: dict[Any, Any] | set[Any]) -> None:
+    """Give back the room of what is no longer in `table`: a dict or set stays as large as it ever was."""
+    kept = table.copy()
+    table.clear()
+    table.update(kept)
+
+
 class Lane(Generic[_Key]):
     """Deadlines of one fixed length: `fire(key)` is called `seconds` after the last arm(key)."""
 
@@ -6997,6 +7004,10 @@ class Lane(Generic[_Key]):
     def cancel(self, key: _Key) -> None:
         """Forget `key`; harmless when it is not armed."""
         self._due.pop(key, None)
+
+    def shrink(self) -> None:
+        """Give back the room of deadlines that are over."""
+        shrink(self._due)
 
     def next_at(self) -> float:
         """Earliest deadline, or infinity."""
@@ -7052,6 +7063,12 @@ class Loop:
         """Forget a socket (`mask`: what it is registered for) and close it at the end of the turn."""
         self.unwatch(sock.fileno(), mask)
         self._graveyard.append(sock)
+
+    def shrink(self) -> None:
+        """Give back the room of sockets and deadlines that are gone."""
+        shrink(self.handlers)
+        for lane in self._lanes:
+            lane.shrink()
 
     # -- time
 
@@ -13966,6 +13983,8 @@ SLOTS_MAX: Final = 10_000                # connections at once, as in 3.2.1 (cli
 _SWEEP_S: Final = 10.0                   # idle and expiry rules are enforced this precisely (upstream-and-relay.md D23)
 _WARM_UP_S: Final = 10.0                 # a new program waits so long for its first link before it says that it is ready
 _WARM_LOOK_S: Final = 0.1
+_CROWD: Final = 64                       # connections whose memory is worth asking for
+_HOUSEWORK_S: Final = 2.0                # the rest of the crowd may leave meanwhile
 _STOP_FLUSH_S: Final = 1.0               # bytes queued for clients may still go out for so long (config.md 8 item 17)
 _STOP_LIMIT_S: Final = 3.5               # whatever hangs, the process is gone 4 s after SIGTERM
 
@@ -13988,6 +14007,8 @@ class Places:
         self.spare: SpareDescriptor | None = None
         self.unix_count = 0                    # connections that the unix listener accepted, ever
         self._unix_file: tuple[str, int] | None = None       # path and inode of our unix socket
+        self.on_left: Callable[[], None] = lambda: None      # three quarters of a crowd have left
+        self._peak = 0                         # most owners since then
         self._full = False
         self._warned = Throttle(60.0)
 
@@ -14026,8 +14047,18 @@ class Places:
         for listener in self.listeners:
             (listener.pause if on or self._full else listener.resume)()
 
+    def shrink(self) -> None:
+        """Give back the room of those who left."""
+        self.owners = set(self.owners)         # never empty in between: other threads look at its size
+
     def _balance(self) -> None:
-        full = len(self.owners) >= self.cap
+        count = len(self.owners)
+        if count > self._peak:
+            self._peak = count
+        elif count * 4 <= self._peak >= _CROWD:
+            self._peak = count
+            self.on_left()
+        full = count >= self.cap
         if full == self._full:
             return
         self._full = full
@@ -14036,6 +14067,40 @@ class Places:
         for listener in self.listeners:
             (listener.pause if full or self.resting else listener.resume)()
         self._on_full(full)
+
+
+class Housework:
+    """Gives memory back to the system once a crowd has left.
+
+    Tables keep the size they had, and malloc keeps what lies between living objects: 2 to 3 MB after 5,000 connections.  (Six more
+    are arenas of Python's own allocator with something alive in each; they serve the next crowd.)  Once per crowd, a moment
+    after it, so there is no wake-up at rest.
+    """
+
+    def __init__(self, loop: Loop, shrink_tables: Callable[[], None]) -> None:
+        self.loop, self._shrink_tables = loop, shrink_tables
+        self._due = False
+
+    def call(self) -> None:
+        """A crowd has left: tidy up soon."""
+        if not self._due:
+            self._due = True
+            self.loop.call_later(_HOUSEWORK_S, self.run)
+
+    def run(self) -> None:
+        """Tidy up now: a few milliseconds."""
+        self._due = False
+        self._shrink_tables()
+        gc.collect()                           # lists of free tuples and floats too; what lives since the start is frozen
+        trim_heap()
+
+
+def trim_heap() -> None:
+    """Have malloc return its free pages to the system, where it can (glibc)."""
+    if "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", ()):
+        with contextlib.suppress(ImportError, AttributeError, OSError):
+            import ctypes
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 class Sweep:
@@ -14110,6 +14175,7 @@ class Server:
         self.places = Places(slot_cap(fd_limit), lambda full: self.sources.event(
             "admission.state", f"accepting={str(not full).lower()} reason=connection_limit"))
         self.places.spare = SpareDescriptor(loop.mailbox.fd)
+        self.places.on_left = Housework(loop, self._shrink).call
         self.handshakes = Handshakes(loop, settings, self.places.cap)
         self.masks = Masks(loop, self.arena, self.resolver, Observer(loop, settings), self.places.cap, self.ended)
         self.fronts = FrontProfiles(settings, loop, functools.partial(backend.x25519_public, os.urandom), os.urandom,
@@ -14137,6 +14203,13 @@ class Server:
         self.network.watchers.append(self.pool.on_families)
         families = [family for family, on in ((4, settings.network.ipv4), (6, settings.network.ipv6)) if on]
         self.directory = Directory(loop, settings, Downloads(loop, self.upstreams).fetch, families, self.pool)
+
+    def _shrink(self) -> None:
+        """Give back the room of connections that are gone: all tables that are as long as there are connections."""
+        self.loop.shrink()
+        self.places.shrink()
+        shrink(self.sweep.relays)
+        shrink(self.masks.ends)
 
     def _count_direct(self) -> int:
         """Sessions on the direct way; where the middle end is wanted, they fell back to it."""

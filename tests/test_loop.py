@@ -497,3 +497,30 @@ def test_signal_is_delivered_on_the_loop():
     loop.run()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGUSR1, before)
+
+
+def test_tables_shrink_to_what_is_in_them(loop):
+    lane = loop.lane(5.0, lambda key: None)
+    for n in range(5000):
+        lane.arm(n)
+    for n in range(4990):
+        lane.cancel(n)
+    large = sys.getsizeof(lane._due)
+    loop.shrink()
+    assert sys.getsizeof(lane._due) < large // 100 and list(lane._due) == list(range(4990, 5000))
+    assert list(loop.handlers) == [loop.mailbox.fd]                      # and the loop still hears
+    heard = []
+    loop.call_from_thread(lambda: heard.append(1))
+    loop.turn()
+    assert heard == [1]
+
+
+def test_shrinking_keeps_order_and_kind():
+    table, group = {str(n): n for n in range(1000)}, set(range(1000))
+    for n in range(997):
+        del table[str(n)]
+        group.remove(n)
+    telemt.shrink(table)
+    telemt.shrink(group)
+    assert list(table.items()) == [("997", 997), ("998", 998), ("999", 999)] and group == {997, 998, 999}
+    assert sys.getsizeof(table) < 1000 and sys.getsizeof(group) < 1000

@@ -1,16 +1,18 @@
 """Room 20: places, the sweep, links, bind failures, stopping."""
 import datetime
 import errno
+import math
 import os
 import socket
 import stat
+import sys
 import threading
 import time
 
 import pytest
 
 import telemt
-from telemt import Level, LogBook, Server, is_bogon, link_host, slot_cap, user_links
+from telemt import Housework, Level, LogBook, Places, Server, is_bogon, link_host, slot_cap, user_links
 from tests.cases import BACKEND, SECRET, TestLoop, client_preamble, control_of, read_all, settings_of
 
 LOCAL = '[censorship]\ntls_emulation = false\n[server]\nport = 0\n[[server.listeners]]\nip = "127.0.0.1"\n'
@@ -1039,3 +1041,35 @@ def test_a_reload_reaches_the_doors(make_server):
     assert server.handshakes._lane.seconds == 7 and ("a", 1) in server.resolver.overrides
     assert server.sources.beobachten() == "beobachten disabled\n"
     client.close()
+
+
+def test_a_crowd_that_has_left_is_tidied_up_after_once():
+    loop, shrunk = TestLoop(), []
+    places = Places(1000)
+    places.on_left = Housework(loop, lambda: (places.shrink(), shrunk.append(len(places.owners)))).call
+    guests = [object() for _ in range(400)]
+    try:
+        for owner in guests:
+            places.take(owner)
+        for owner in guests[:299]:
+            places.give(owner)
+        loop.turn(10)
+        assert not shrunk and loop.wake_at == math.inf                   # three quarters have not left yet
+        large = sys.getsizeof(places.owners)
+        for owner in guests[299:350]:
+            places.give(owner)
+        loop.turn(1.9)
+        assert not shrunk
+        loop.turn(0.2)
+        assert shrunk == [50] and sys.getsizeof(places.owners) < large // 4
+        for owner in guests[350:]:                                       # no crowd any more
+            places.give(owner)
+        loop.turn(10)
+        assert len(shrunk) == 2 and loop.wake_at == math.inf             # hundred at the first call: a quarter of them have left since
+        for _ in range(3):
+            places.take(guests[0])
+            places.give(guests[0])
+        loop.turn(10)
+        assert len(shrunk) == 2
+    finally:
+        loop.dispose()

@@ -231,9 +231,9 @@ class Loris(NamedTuple):
 def storms(proxy: Proxy, count: int, seconds: float) -> tuple[Loris, float]:
     """The second of two storms, and MB before the first.
 
-    Python keeps what the first one needed (1.7 KB a connection) for the next: an arena of a megabyte goes back to the system only
-    when nothing in it is alive, and one replay entry or session that stays is something.  What must not happen is that the next
-    one needs more.
+    Python keeps most of what the first one needed (1.7 KB a connection) for the next: an arena of a megabyte goes back to the
+    system only when nothing in it is alive, and one replay entry or session that stays is something.  What must not happen is
+    that the next one needs more.  (With PYTHONMALLOC=malloc there are no arenas, and all of it goes back.)
     """
     first = measure_loris(proxy, count, min(seconds, 10.0))
     return measure_loris(proxy, count, seconds), first.before
@@ -306,7 +306,7 @@ def measure_loris(proxy: Proxy, count: int, seconds: float) -> Loris:
     limit = time.monotonic() + 20
     while len(list((proxy.proc / "fd").iterdir())) > 60 and time.monotonic() < limit:
         time.sleep(0.05)
-    time.sleep(0.5)
+    time.sleep(3.0)                             # the proxy tidies up two seconds after a crowd
     return Loris(median(alone), median(among), sorted(among)[int(len(among) * 0.99)], before, during, proxy.status("VmRSS") / 1024)
 
 

@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from doubles import ROUTES, Rig
+from doubles import ROUTES, Rig, poll
 
 CROWD = 500
 
@@ -45,3 +45,18 @@ def test_a_thousand_short_sessions(rig: Rig) -> None:
         rig.clients.remove(client)
     warm.echo()
     assert proxy.rss() - before < 8 << 20
+
+
+def test_a_crowd_that_let_its_queues_fill_gives_the_memory_back(rig: Rig) -> None:
+    """150 clients that order and do not read, 256 KB queued for each: once they have left, next to nothing of it stays."""
+    proxy = rig.proxy({"general": {"log_level": "normal"}})
+    friend = rig.client("bob", "tls")
+    friend.download(4 << 20)
+    before = proxy.rss()
+    for n in range(150):
+        rig.client("alice", ("tls", "secure")[n & 1], rcvbuf=4096).order("send", 8 << 20, 7)
+    poll(lambda: proxy.rss() - before > 12 << 20, "queues fill", timeout=30)
+    for client in rig.clients[1:]:
+        client.reset()
+    poll(lambda: proxy.rss() - before < 5 << 20, "the memory back", timeout=20)
+    friend.echo()
