@@ -8703,6 +8703,7 @@ def http_over(sock: socket.socket, url: Url, limit: int, deadline_at: float, age
     limit: bytes of the body that are read.  deadline_at: time.monotonic().  Blocks.  Raises OSError, ValueError, ImportError
     (no ssl module).
     """
+    most = _ANSWER_HEAD_MAX + 4 * limit + 65_536               # chunks have lines of their own
     with sock:
         sock.settimeout(_left(deadline_at))
         if url.secure:
@@ -8721,6 +8722,8 @@ def http_over(sock: socket.socket, url: Url, limit: int, deadline_at: float, age
                     assert answer is not None
                     break
                 data += piece
+                if len(data) > most:           # all of it is parsed again for each piece
+                    raise ValueError("the HTTP answer is too long")
     return answer
 
 
@@ -13983,7 +13986,7 @@ SLOTS_MAX: Final = 10_000                # connections at once, as in 3.2.1 (cli
 _SWEEP_S: Final = 10.0                   # idle and expiry rules are enforced this precisely (upstream-and-relay.md D23)
 _WARM_UP_S: Final = 10.0                 # a new program waits so long for its first link before it says that it is ready
 _WARM_LOOK_S: Final = 0.1
-_CROWD: Final = 64                       # connections whose memory is worth asking for
+_CROWD_MIN: Final = 64                       # connections whose memory is worth asking for
 _HOUSEWORK_S: Final = 2.0                # the rest of the crowd may leave meanwhile
 _STOP_FLUSH_S: Final = 1.0               # bytes queued for clients may still go out for so long (config.md 8 item 17)
 _STOP_LIMIT_S: Final = 3.5               # whatever hangs, the process is gone 4 s after SIGTERM
@@ -14055,7 +14058,7 @@ class Places:
         count = len(self.owners)
         if count > self._peak:
             self._peak = count
-        elif count * 4 <= self._peak >= _CROWD:
+        elif count * 4 <= self._peak >= _CROWD_MIN:
             self._peak = count
             self.on_left()
         full = count >= self.cap

@@ -635,3 +635,27 @@ def test_urls(text, url):
 
 def test_request_is_what_the_vectors_say():
     assert build_stun_request(bytes(12)).hex() == "000100002112a442" + "00" * 12
+
+
+@pytest.mark.parametrize("kind", ["chunk line", "chunks", "headers", "body"])
+def test_an_answer_without_end_is_given_up(kind):
+    """Found by review: a chunk's line without end was kept until the deadline, and parsed again for every piece."""
+    begin = {"chunk line": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;", "chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+             "headers": b"HTTP/1.1 200 OK\r\nX: ", "body": b"HTTP/1.1 200 OK\r\n\r\n"}[kind]
+    more = b"1;" + b"x" * 4000 + b"\r\na\r\n" if kind == "chunks" else b"x" * 4096
+    ours, far = socket.socketpair()
+
+    def pour():
+        with far, contextlib.suppress(OSError):
+            far.sendall(begin)
+            for _ in range(5000):
+                far.sendall(more)
+    thread = threading.Thread(target=pour)
+    thread.start()
+    url = parse_url("http://site.example/ip")
+    if kind == "body":
+        assert len(telemt.http_over(ours, url, 256, time.monotonic() + 30, "test").body) == 256
+    else:
+        with pytest.raises(ValueError, match="too long|not an HTTP answer"):
+            telemt.http_over(ours, url, 256, time.monotonic() + 30, "test")
+    thread.join()
