@@ -640,8 +640,9 @@ def test_request_is_what_the_vectors_say():
 @pytest.mark.parametrize("kind", ["chunk line", "chunks", "headers", "body"])
 def test_an_answer_without_end_is_given_up(kind):
     """Found by review: a chunk's line without end was kept until the deadline, and parsed again for every piece."""
-    begin = {"chunk line": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;", "chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
-             "headers": b"HTTP/1.1 200 OK\r\nX: ", "body": b"HTTP/1.1 200 OK\r\n\r\n"}[kind]
+    chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    begin = {"chunk line": chunked + b"1;", "chunks": chunked, "headers": b"HTTP/1.1 200 OK\r\nX: ",
+             "body": b"HTTP/1.1 200 OK\r\n\r\n"}[kind]
     more = b"1;" + b"x" * 4000 + b"\r\na\r\n" if kind == "chunks" else b"x" * 4096
     ours, far = socket.socketpair()
 
