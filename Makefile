@@ -65,11 +65,8 @@ fuzz: $(STAMP) ## mutate the input of every parser, RUNS=100000 times each or MI
 	"$(PY)" tools/fuzz.py $(if $(MINUTES),--minutes $(MINUTES),--runs $(RUNS)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 	SCHEMATHESIS_EXAMPLES=300 "$(PY)" -m pytest -q tests/journeys/test_api_contract.py -k schemathesis
 
-bench: $(STAMP) ## measure against bare loops and write docs/performance.md; QUICK=1 ends in two minutes and writes nothing
-	"$(PY)" tools/bench.py $(if $(QUICK),--quick,--write) $(ARGS)
-	"$(PY)" tools/bench_middle.py $(if $(QUICK),--quick,--write)
-	"$(PY)" tools/bench_api.py $(if $(QUICK),--rounds 2 --seconds 1,--write)
-	"$(PY)" tools/bench_strangers.py $(if $(QUICK),--quick,--write)
+bench: $(STAMP) ## measure against bare loops and write docs/performance.md; goes on after an interruption; QUICK=1: two minutes, writes nothing
+	"$(PY)" tools/bench_all.py $(if $(QUICK),--quick) $(ARGS)
 
 docs: ## write docs/configuration.md and docs/api.md from the tables in the code; ARGS=--check only compares
 	@python=$$($(FIND) pick "$(PYTHON)") && PYTHONPATH=. "$$python" -B tools/make_docs.py $(ARGS)

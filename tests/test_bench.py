@@ -111,6 +111,30 @@ def test_write_fills_the_document(tmp_path):
     assert (tmp_path / "images" / "scaling.svg").read_text().lstrip().startswith("<?xml")
 
 
+def test_a_run_that_was_interrupted_goes_on(tmp_path):
+    def never():
+        raise AssertionError("measured again")
+
+    def stops():
+        raise KeyboardInterrupt
+
+    first = bench_report.Kept("bench", folder=tmp_path / "kept")
+    assert first.part("a", lambda: {"ratio": 1.5}) == {"ratio": 1.5}
+    with pytest.raises(KeyboardInterrupt):
+        first.part("b", stops)
+    again = bench_report.Kept("bench", folder=tmp_path / "kept")
+    assert again.part("a", never) == {"ratio": 1.5} and again.part("b", lambda: 2.0) == 2.0
+    assert bench_report.Kept("bench", use=False, folder=tmp_path / "kept").part("a", lambda: 3.0) == 3.0
+    assert bench_report.Kept("bench", folder=tmp_path / "kept").part("a", never) == {"ratio": 1.5}
+    bench_report.Kept.forget(tmp_path / "kept")
+    assert bench_report.Kept("bench", folder=tmp_path / "kept").part("a", lambda: 4.0) == 4.0
+
+
+def test_parts_of_another_program_count_for_nothing(tmp_path):
+    assert bench_report.Kept("bench", folder=tmp_path, books=("telemt.py",)).part("a", lambda: 1.0) == 1.0
+    assert bench_report.Kept("bench", folder=tmp_path, books=("tools/bench.py",)).part("a", lambda: 2.0) == 2.0
+
+
 # -- polling -----------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("ratios", "shown"), [([0.9, 0.99, 1.01], "0.990 |"), ([0.9, 0.96, 1.01], "**0.960 (missed)** |")])

@@ -6,7 +6,8 @@ The proxy, the reference loops and the data centre are processes of their own; t
 from /proc (all threads, user + system).  Every round runs each work through the proxy of each backend and then through its reference,
 so that whatever else the machine does hits all of them; the figure of a row is the median of the rounds' ratios.
 
---write    docs/performance.json, the tables of docs/performance.md and docs/images/scaling.svg
+--write    docs/performance.json, the tables of docs/performance.md and docs/images/scaling.svg; what an interrupted run has measured
+           with the same sources is kept in build/bench and not measured again
 --check    compare with docs/performance.json: exit 1 where a ratio is worse by more than a quarter twice in a row
 --profile  a flame graph of the FakeTLS download beside docs/performance.md (py-spy)
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -31,6 +33,7 @@ from typing import Any, NamedTuple
 import bench_peers as peers
 import bench_report
 from bench_peers import connect, discard, ping_pong, record
+from bench_report import Kept
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
@@ -421,22 +424,19 @@ def sparse(proxy: Proxy, count: int, rounds: int) -> dict[str, float]:
     return {"us": 1e6 * among, "ratio": among / alone}
 
 
-def scaling(rig: Rig, proxy: Proxy, scales: tuple[int, ...], trips: int, rounds: int = 3) -> dict[str, list[float]]:
+def scaling(rig: Rig, scales: tuple[int, ...], trips: int, kept: Kept, rounds: int = 3) -> dict[str, list[float]]:
     """Cost per byte and per event against the number of sessions, of the proxy and of bare loops at the same number, interleaved."""
-    found: dict[str, list[float]] = {name: [] for name in ("sessions", "s_per_gb", "bare_s_per_gb", "us_per_trip", "bare_us_per_trip")}
-    for count in scales:
-        rows = []
-        for _ in range(rounds):
-            each = max(3, trips // count)
-            rows.append({"s_per_gb": parallel(rig, proxy, proxy.port, "tls", count),
+    def measure(count: int) -> dict[str, float]:
+        proxy, each = rig.proxy(BACKENDS[0]), max(3, trips // count)
+        return medians([{"s_per_gb": parallel(rig, proxy, proxy.port, "tls", count),
                          "bare_s_per_gb": parallel(rig, rig.loops, rig.ports["many"], "bare", count),
                          "us_per_trip": 1e6 * echoes(proxy, proxy.port, "tls", count, each),
-                         "bare_us_per_trip": 1e6 * echoes(rig.loops, rig.ports["echo"], "bare", count, each)})
-        for name, value in medians(rows).items():
-            found[name].append(value)
-        found["sessions"].append(float(count))
-        print(f"  {count:>5} sessions: " + ", ".join(f"{name} {found[name][-1]:.3g}" for name in rows[0]), flush=True)
-    return found
+                         "bare_us_per_trip": 1e6 * echoes(rig.loops, rig.ports["echo"], "bare", count, each)} for _ in range(rounds)])
+
+    rows = {count: kept.part(f"{count} sessions", functools.partial(measure, count)) for count in scales}
+    for count, row in rows.items():
+        print(f"  {count:>5} sessions: " + ", ".join(f"{name} {value:.3g}" for name, value in row.items()), flush=True)
+    return {"sessions": [float(count) for count in rows], **{name: [row[name] for row in rows.values()] for name in rows[scales[0]]}}
 
 
 def pure_python_speed() -> float:
@@ -456,41 +456,53 @@ def compile_ms() -> float:
 # -- a run
 
 
-def compare(rig: Rig, todo: list[Job], rounds: int) -> dict[str, Any]:
-    """Rows with a reference, interleaved: {name: {unit, target, reference, bare, BACKEND: {cost, ratio}}}."""
-    found: dict[str, Any] = {}
+def compare_one(rig: Rig, job: Job, rounds: int) -> dict[str, Any]:
+    """A row with a reference, interleaved: {unit, target, reference, bare, BACKEND: {cost, ratio}}."""
+    costs: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
+    bare: list[float] = []
+    for number in range(rounds + 1):               # the first round only warms up
+        row = {backend: job.cost(rig, rig.proxy(backend, fast=job.fast)) for backend in BACKENDS}
+        reference = job.bare(rig)
+        if number:
+            bare.append(reference)
+            for backend, cost in row.items():
+                costs[backend].append(cost)
+    found: dict[str, Any] = {"unit": job.unit, "target": job.target, "reference": job.reference, "bare": median(bare)}
+    for backend in BACKENDS:
+        found[backend] = {"cost": median(costs[backend]), "ratio": median(bench_report.ratios(costs[backend], bare))}
+    return found
+
+
+def compare(rig: Rig, todo: list[Job], rounds: int, kept: Kept | None = None) -> dict[str, Any]:
+    """The rows of `todo` by name."""
+    kept = kept or Kept("bench", use=False)
+    found = {}
     for job in todo:
-        costs: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
-        bare: list[float] = []
-        for number in range(rounds + 1):           # the first round only warms up
-            row = {backend: job.cost(rig, rig.proxy(backend, fast=job.fast)) for backend in BACKENDS}
-            reference = job.bare(rig)
-            if number:
-                bare.append(reference)
-                for backend, cost in row.items():
-                    costs[backend].append(cost)
-        found[job.name] = {"unit": job.unit, "target": job.target, "reference": job.reference, "bare": median(bare)}
-        for backend in BACKENDS:
-            ratios = bench_report.ratios(costs[backend], bare)
-            found[job.name][backend] = {"cost": median(costs[backend]), "ratio": median(ratios)}
+        found[job.name] = kept.part(job.name, functools.partial(compare_one, rig, job, rounds))
         print("  " + bench_report.one_line(job.name, found[job.name], BACKENDS), flush=True)
     return found
 
 
-def figures(rig: Rig, quick: bool, rounds: int) -> dict[str, Any]:
+def figures_of(rig: Rig, backend: str, quick: bool, rounds: int, kept: Kept) -> dict[str, Any]:
+    """What one backend does where there is no bare loop."""
+    def part(name: str, make: Callable[[], Any]) -> Any:
+        return kept.part(f"{backend} {name}", make)
+
+    row: dict[str, Any] = {"parallel": part("parallel", lambda: medians([parallel_costs(rig, rig.proxy(backend)) for _ in range(rounds)]))}
+    row |= part("users", lambda: user_costs(rig, backend, 60 if quick else 150))
+    row |= part("idle", lambda: idle_costs(rig, backend, 500 if quick else 2000))
+    row["ten_thousand"] = part("ten thousand", lambda: idle_costs(rig, backend, 1000 if quick else 10_000))
+    row["fairness"] = part("fairness", lambda: fairness(rig, backend, 50 if quick else 200))
+    row["slow_client"] = part("slow client", lambda: slow_clients(rig.proxy(backend), 5 if quick else 20, 3 if quick else 15))
+    row["sparse"] = part("sparse", lambda: sparse(rig.proxy(backend), 1000 if quick else 2000, 100 if quick else 300))
+    print(f"  {backend}: " + json.dumps(row, default=float), flush=True)
+    return row
+
+
+def figures(rig: Rig, quick: bool, rounds: int, kept: Kept) -> dict[str, Any]:
     """Everything without a bare loop, per backend."""
-    found: dict[str, Any] = {"compile_ms": compile_ms(), "pure_python_mb_per_s": pure_python_speed()}
-    for backend in BACKENDS:
-        proxy = rig.proxy(backend)
-        row: dict[str, Any] = {"parallel": medians([parallel_costs(rig, proxy) for _ in range(rounds)])}
-        row |= user_costs(rig, backend, 60 if quick else 150)
-        row |= idle_costs(rig, backend, 500 if quick else 2000)
-        row["fairness"] = fairness(rig, backend, 50 if quick else 200)
-        row["slow_client"] = slow_clients(rig.proxy(backend), 5 if quick else 20, 3 if quick else 15)
-        row["sparse"] = sparse(proxy, 1000 if quick else 2000, 100 if quick else 300)
-        found[backend] = row
-        print(f"  {backend}: " + json.dumps(row, default=float), flush=True)
-    return found
+    return {"compile_ms": compile_ms(), "pure_python_mb_per_s": pure_python_speed(),
+            **{backend: figures_of(rig, backend, quick, rounds, kept) for backend in BACKENDS}}
 
 
 def machine(rig: Rig) -> dict[str, str]:
@@ -527,6 +539,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
+    if options.write and (options.only or options.quick):
+        parser.error("--write wants a whole run: neither --only nor --quick")
     raise_fds()
     rounds = options.rounds or (3 if options.quick else 7)
     rig = Rig((96 if options.quick else 512) * MIB)
@@ -538,10 +552,12 @@ def main() -> int:
         if options.check:
             return bench_report.check(lambda: compare(rig, [job for job in todo if job.target], rounds), ROOT / "docs" / "performance.json",
                                       BACKENDS)
-        found: dict[str, Any] = {"rows": compare(rig, todo, rounds)}
+        kept = Kept("bench", use=options.write)
+        found: dict[str, Any] = {"rows": compare(rig, todo, rounds, kept)}
         if not options.only:
-            found |= {"figures": figures(rig, options.quick, rounds), "machine": machine(rig), "rounds": rounds}
-            found["scaling"] = scaling(rig, rig.proxy(BACKENDS[0]), SCALES[:4] if options.quick else SCALES, 3000)
+            found |= {"figures": figures(rig, options.quick, rounds, kept), "machine": machine(rig), "rounds": rounds}
+            found["scaling"] = scaling(rig, SCALES[:4] if options.quick else SCALES, 1000 if options.quick else 3000, kept,
+                                       1 if options.quick else 3)
         if options.write:
             bench_report.write(found, ROOT / "docs", BACKENDS)
     finally:
