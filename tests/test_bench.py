@@ -4,6 +4,7 @@ import json
 import pytest
 
 import bench_api
+import bench_pollers
 import bench_report
 from bench_report import FIGURES, between, dig, figure_table, ratios, spread, table, verdict, worse
 
@@ -146,3 +147,10 @@ def test_the_cost_of_watching_is_the_median_of_the_rounds(ratios, shown):
     assert shown in lines[3] and lines[3].endswith("0.306 s/GB | 1.020 |")
     assert "missed" not in lines[4] and lines[5].count(" 1.000 |") == 2
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_pollers_are_compared_in_one_table():
+    rows = {"round trip": {"unit": "us", "epoll": {"cost": 8.0, "ratio": 1.0}, "uvloop": {"cost": 12.34, "ratio": 1.5}},
+            "wake-ups": {"unit": "", "epoll": {"cost": 1.0, "ratio": 0.0}, "uvloop": {"cost": 1.0, "ratio": 0.0}}}
+    assert bench_pollers.table(rows, ["epoll", "uvloop"]).splitlines()[2:] == ["| round trip | 8 us, 1.00x | 12.3 us, 1.50x |",
+                                                                              "| wake-ups | 1 | 1 |"]

@@ -98,16 +98,18 @@ def raise_fds() -> None:
 class Proxy(Worker):
     """telemt.py as a subprocess, every DC number of the bench pointing at the data-centre double."""
 
-    def __init__(self, folder: Path, dc_port: int, backend: str, *, users: int = 1, fast: bool = True, source_port: int = 0) -> None:
+    def __init__(self, folder: Path, dc_port: int, backend: str, *, users: int = 1, fast: bool = True, source_port: int = 0,
+                 poller: str = "auto") -> None:
         numbers = [*range(peers.SOURCE, peers.SILENT + 1), *(peers.SHARE + count for count in sorted({64, *SCALES}))]
-        lines = ["[general]", f"fast_mode = {str(fast).lower()}", "use_middle_proxy = false", "[general.modes]", "classic = true",
+        lines = ["[general]", f"fast_mode = {str(fast).lower()}", f'event_loop = "{poller}"',
+                 "use_middle_proxy = false", "[general.modes]", "classic = true",
                  "secure = true", "tls = true", "[general.links]", "show = []", "[network]", "ipv6 = false", "[server]", "port = 0",
                  "[[server.listeners]]", 'ip = "127.0.0.1"', "[censorship]", "mask = false", "tls_emulation = false",
                  "[access]", "replay_check_len = 200000", "[dc_overrides]"]
         lines += [f'"{number}" = "127.0.0.1:{source_port if number == peers.SOURCE and source_port else dc_port}"' for number in numbers]
         lines += ["[[upstreams]]", 'type = "direct"', 'bind_addresses = ["127.0.0.1"]']        # its checks of the real ones stay here
         lines += ["[access.users]", *(f'filler{n} = "{n + 2:032x}"' for n in range(users - 1)), f'bench = "{SECRET.hex()}"']
-        path = folder / f"{backend}-{users}-{fast}-{source_port}.toml"
+        path = folder / f"{backend}-{users}-{fast}-{source_port}-{poller}.toml"
         path.write_text("\n".join(lines) + "\n")
         log = path.with_suffix(".log")
         begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""`make bench`: all four benches one after the other, as one run that may be interrupted and goes on where it was.
+"""`make bench`: all benches one after the other, as one run that may be interrupted and goes on where it was.
 
 usage: bench_all.py [--quick] [--fresh] [WORD ...]       WORD ...: arguments for bench.py, which then runs alone
 
@@ -16,6 +16,7 @@ from bench_report import MISSED, Kept
 
 STEPS = {"bench.py": ["--quick"], "bench_middle.py": ["--quick"], "bench_api.py": ["--rounds", "1", "--seconds", "0.5"],
          "bench_strangers.py": ["--quick"]}                                     # with the arguments of the quick form
+LONG_ONLY = ("bench_pollers.py",)              # compares what nobody changes from day to day
 
 
 def run(name: str, words: list[str]) -> list[float]:
@@ -38,7 +39,8 @@ def main(words: list[str]) -> int:
     if "--fresh" in words:
         Kept.forget()
     kept = Kept("all", use=not quick)
-    took = {name: kept.part(name, lambda name=name: run(name, STEPS[name] if quick else ["--write"])) for name in STEPS}  # type: ignore[misc]
+    took = {name: kept.part(name, lambda name=name: run(name, STEPS[name] if quick else ["--write"])) 
+            for name in (*STEPS, *(() if quick else LONG_ONLY))}  # type: ignore[misc]
     if not quick:
         Kept.forget()
     print("\n".join(f"{name:20} {seconds:5.0f} s{'  a target is missed' if code else ''}" for name, (code, seconds) in took.items()))
