@@ -15485,6 +15485,7 @@ class Exchange:
             for order in self.server.loop.mailbox.take():      # a signal that came after the last turn; later ones wait for the caretaker
                 self.server.loop.call(order)
             os.set_inheritable(self._lifeline, True)
+            os.set_blocking(self._lifeline, True)              # libuv changes what it watches
             os.execv(sys.executable, [self.command[1], "-I", "-S", "-c", _CARETAKER, str(self._lifeline), str(self.successor)])
         if self.life >= 0 and not self.successor:
             os.write(self.life, f"code {code}\n".encode())

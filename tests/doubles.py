@@ -810,6 +810,8 @@ class Proxy:
         """
         now = self.fds()
         spare = Counter({kind: n for kind, n in self.quiet_fds.items() if kind != "tcp"}) + Counter(pipe=32, listen=now["listen"])
+        if self.log("poller=uvloop"):
+            spare["socket"] += 2                # its pair for signals, opened when the loop begins to turn
         return now - spare
 
     # the end
