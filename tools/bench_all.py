@@ -39,8 +39,8 @@ def main(words: list[str]) -> int:
     if "--fresh" in words:
         Kept.forget()
     kept = Kept("all", use=not quick)
-    took = {name: kept.part(name, lambda name=name: run(name, STEPS[name] if quick else ["--write"])) 
-            for name in (*STEPS, *(() if quick else LONG_ONLY))}  # type: ignore[misc]
+    took = {name: kept.part(name, lambda name=name: run(name, STEPS[name] if quick else ["--write"]))  # type: ignore[misc]
+            for name in (*STEPS, *(() if quick else LONG_ONLY))}
     if not quick:
         Kept.forget()
     print("\n".join(f"{name:20} {seconds:5.0f} s{'  a target is missed' if code else ''}" for name, (code, seconds) in took.items()))
