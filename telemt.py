@@ -17451,7 +17451,9 @@ ExecStart={python} -B {script} {config}
 ExecReload=/bin/kill -HUP $MAINPID
 Restart=always
 RestartSec=2
-# it is gone 4 s after SIGTERM
+# SIGTERM, and wait until it is gone, which takes 4 s at most.  systemd left to itself kills at once a program that came by an
+# exchange, because it was not its own child when it took over.
+ExecStop=/bin/sh -c 'kill -TERM $MAINPID; exec tail -s 0.1 --pid=$MAINPID -f /dev/null'
 TimeoutStopSec=10
 # two per session
 LimitNOFILE=65536

@@ -99,11 +99,13 @@ def test_two_different_rows_are_no_confirmation(tmp_path):
 def test_write_fills_the_document(tmp_path):
     page = tmp_path / "performance.md"
     page.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("machine", "rows", "figures", "scaling")))
-    found = {"rows": {"x": row(1.0)}, "machine": {"kernel": "Linux"}, "rounds": 5,
+    (tmp_path / "operations.md").write_text("<!-- capacity -->\n<!-- /capacity -->\n")
+    found = {"rows": CAPACITY_ROWS | {"x": row(1.0)}, "machine": {"kernel": "Linux"}, "rounds": 5,
              "figures": {"compile_ms": 99.0, "pure_python_mb_per_s": 20.0, **{backend: figures(0.0) for backend in BACKENDS}},
-             "scaling": {"sessions": [1.0, 10.0], "s_per_gb": [0.3, 0.3], "us_per_trip": [30.0, 33.0],
-                         "bare_s_per_gb": [0.2, 0.3], "bare_us_per_trip": [20.0, 22.0]}}
+             "scaling": {"sessions": [1.0, 10.0, 100.0], "s_per_gb": [0.3] * 3, "us_per_trip": [30.0, 33.0, 33.0],
+                         "bare_s_per_gb": [0.2, 0.3, 0.2], "bare_us_per_trip": [20.0, 22.0, 22.0]}}
     bench_report.write(found, tmp_path, BACKENDS)
+    assert "| people online | 1,000 |" in (tmp_path / "operations.md").read_text()
     text = page.read_text()
     assert "- kernel: Linux" in text and "| x |" in text and "20.0 MB/s" in text
     assert "per event 10%, of the ratio to the bare loop 0%" in text
@@ -134,6 +136,28 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path):
 def test_parts_of_another_program_count_for_nothing(tmp_path):
     assert bench_report.Kept("bench", folder=tmp_path, books=("telemt.py",)).part("a", lambda: 1.0) == 1.0
     assert bench_report.Kept("bench", folder=tmp_path, books=("tools/bench.py",)).part("a", lambda: 2.0) == 2.0
+
+
+# -- capacity ----------------------------------------------------------------------------------------------------------------------
+
+CAPACITY_ROWS = {name: {"unit": unit, "target": 0, "reference": "scatter", "bare": cost,
+                        **{backend: {"cost": cost, "ratio": 1.0} for backend in BACKENDS}}
+                 for name, unit, cost in (("FakeTLS download, 1 session", "s/GB", 0.28), ("FakeTLS download in 4 KiB writes", "s/GB", 4.0),
+                                          ("FakeTLS handshake to the first answer, 1 user", "us", 400.0))}
+
+
+def test_capacity_is_arithmetic():
+    """Ten connections a person, 0.7 of a core; every number of the table follows from five measured ones."""
+    found = {"rows": CAPACITY_ROWS, "figures": {"cryptography": {"base_mb": 25.0, "session_kb": 5.12}}, "scaling": {
+        "us_per_trip": [90.0, 80.0, 10.0, 20.0]}}
+    text = bench_report.capacity_table(found)
+    assert "| people online | 1,000 | 4,000 | 40,000 |" in text and "| memory per host | 75 MB | 300 MB | 300 MB |" in text
+    # a person: 12.5 KB/s x 4 s/GB = 50 us, 0.2 messages x 20 us = 4 us, 2/60 connections x 400 us = 13.3 us
+    assert "= 67.3 us" in text and "| share of each core that they use | 7 % | 7 % | 7 % |" in text
+    assert "| most traffic per host, 4 KiB at a time | 1.4 Gbit/s | 5.6 Gbit/s | 5.6 Gbit/s |" in text
+    assert "| most traffic per host, 1 MiB at a time | 20 Gbit/s | 80 Gbit/s | 80 Gbit/s |" in text
+    assert "| most new connections per second | 1,750 | 7,000 | 70,000 |" in text
+    assert "| most messages per second | 35,000 | 140,000 | 1,400,000 |" in text
 
 
 # -- polling -----------------------------------------------------------------------------------------------------------------------

@@ -178,8 +178,53 @@ def scaling_table(scaling: dict[str, list[float]]) -> str:
     return "\n".join([*lines, "", f"Spread: {'; '.join(words)}."])
 
 
+# What the capacity table takes for granted; its document says so in the same words.
+SLOTS, PER_PERSON, USED = 10_000, 10, 0.7          # connections of a process; of an app; how much of a core is planned for
+KBIT_S, TRIPS_S, DIALS_MIN = 100, 0.2, 2           # of a person in the busy hour: traffic, messages per second, connections per minute
+PLACES: Sequence[tuple[str, int, int]] = (("one core", 1, 1), ("four cores", 4, 1), ("ten hosts of four cores", 4, 10))
+
+
+def capacity_table(found: dict[str, Any], backend: str = "cryptography") -> str:
+    """Markdown: what some numbers of cores carry, and the arithmetic, from the figures of performance.json."""
+    rows, figures = found["rows"], found["figures"][backend]
+
+    def cost(name: str) -> float:
+        return float(rows[name][backend]["cost"])
+    bulk, small, dial_us = cost("FakeTLS download, 1 session"), cost("FakeTLS download in 4 KiB writes"), cost(
+        "FakeTLS handshake to the first answer, 1 user")
+    trip_us = max(found["scaling"]["us_per_trip"][2:])             # with hundreds of sessions and more: one alone is woken for each
+    gb_s = KBIT_S / 8e6
+    parts = (("traffic", f"{KBIT_S} kbit/s x {small:.2f} s/GB", gb_s * small * 1e6), ("messages", f"{TRIPS_S:g}/s x {trip_us:.1f} us",
+             TRIPS_S * trip_us), ("connections", f"{DIALS_MIN}/min x {dial_us:.0f} us", DIALS_MIN / 60 * dial_us))
+    person_us = sum(us for _, _, us in parts)
+    people = SLOTS // PER_PERSON
+    memory_mb = figures["base_mb"] + SLOTS * figures["session_kb"] / 1024
+    lines = ["| | " + " | ".join(name for name, _, _ in PLACES) + " |", "|---|" + "---|" * len(PLACES)]
+    table_rows: Sequence[tuple[str, Callable[[int, int], str]]] = (
+        ("processes, one per core", lambda cores, hosts: f"{cores * hosts:,}"),
+        ("connections", lambda cores, hosts: f"{SLOTS * cores * hosts:,}"),
+        ("people online", lambda cores, hosts: f"{people * cores * hosts:,}"),
+        ("memory per host", lambda cores, hosts: f"{memory_mb * cores:.0f} MB"),
+        ("their traffic per host", lambda cores, hosts: f"{people * cores * KBIT_S / 1000:,.0f} Mbit/s"),
+        ("share of each core that they use", lambda cores, hosts: f"{people * person_us / 1e4:.0f} %"),
+        ("most traffic per host, 4 KiB at a time", lambda cores, hosts: f"{cores * USED / small * 8:.1f} Gbit/s"),
+        ("most traffic per host, 1 MiB at a time", lambda cores, hosts: f"{cores * USED / bulk * 8:.0f} Gbit/s"),
+        ("most new connections per second", lambda cores, hosts: f"{cores * hosts * USED / dial_us * 1e6:,.0f}"),
+        ("most messages per second", lambda cores, hosts: f"{cores * hosts * USED / trip_us * 1e6:,.0f}"))
+    lines += [f"| {label} | " + " | ".join(show(cores, hosts) for _, cores, hosts in PLACES) + " |" for label, show in table_rows]
+    told = " + ".join(f"{us:.1f} us ({name}: {how})" for name, how, us in parts)
+    return "\n".join([
+        *lines, "", "The arithmetic:", "",
+        f"- people online = {SLOTS:,} connections of a process / {PER_PERSON} of an app = {people:,} per process",
+        f"- memory = {figures['base_mb']:.1f} MB + {SLOTS:,} x {figures['session_kb']:.2f} KB = {memory_mb:.0f} MB per process",
+        f"- a second of a person costs {told} = {person_us:.1f} us",
+        f"- {people:,} people x {person_us:.1f} us = {people * person_us / 1e4:.0f} % of a core",
+        f"- most traffic = {USED:.0%} of a core / {small:.2f} s/GB (4 KiB at a time) or / {bulk:.3f} s/GB (1 MiB at a time)",
+        f"- most connections = {USED:.0%} of a core / {dial_us:.0f} us; most messages = {USED:.0%} of a core / {trip_us:.1f} us"])
+
+
 def write(found: dict[str, Any], docs: Path, backends: Sequence[str]) -> None:
-    """Write performance.json, the generated parts of performance.md, and the plot."""
+    """Write performance.json, the generated parts of performance.md and operations.md, and the plot."""
     (docs / "performance.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     page = docs / "performance.md"
     text = page.read_text(encoding="utf-8")
@@ -191,6 +236,8 @@ def write(found: dict[str, Any], docs: Path, backends: Sequence[str]) -> None:
                    f"AES-CTR in pure Python: {figures['pure_python_mb_per_s']:.1f} MB/s (target 0.6).")
     scaling = found["scaling"]
     page.write_text(between(text, "scaling", scaling_table(scaling)), encoding="utf-8")
+    page = docs / "operations.md"
+    page.write_text(between(page.read_text(encoding="utf-8"), "capacity", capacity_table(found)), encoding="utf-8")
     plot(scaling, docs / "images" / "scaling.svg")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import api_docs
+import bench_report
 
 import telemt
 from telemt import Key, Reload
@@ -165,8 +166,14 @@ def unit(name: str) -> str:
     return UNIT_HEADS[name] + telemt.build_unit(python, script, "/etc/telemt/config.toml")
 
 
+def operations() -> str:
+    """docs/operations.md with its table computed from the last measurements."""
+    found = json.loads((ROOT / "docs/performance.json").read_text(encoding="utf-8"))
+    return bench_report.between((ROOT / "docs/operations.md").read_text(encoding="utf-8"), "capacity", bench_report.capacity_table(found))
+
+
 DOCUMENTS: Final[Mapping[str, Callable[[], str]]] = {
-    "docs/configuration.md": configuration, "docs/api.md": api_docs.render,
+    "docs/configuration.md": configuration, "docs/api.md": api_docs.render, "docs/operations.md": operations,
     **{f"deploy/systemd/{name}": functools.partial(unit, name) for name in UNIT_HEADS}}
 
 

@@ -71,6 +71,7 @@ def test_the_unit_lets_the_proxy_work(unit: str, config: str, state: str) -> Non
     found = options(unit)
     assert found["ExecStart"] == [f"/usr/bin/python3 -B /usr/local/lib/telemt/telemt.py /etc/telemt/{config}"]
     assert found["ExecReload"] == ["/bin/kill -HUP $MAINPID"]
+    assert found["Type"] == ["notify"] and "kill -TERM $MAINPID; exec tail" in found["ExecStop"][0]
     assert found["ReadWritePaths"] == ["/etc/telemt"] and found["ConfigurationDirectory"] == ["telemt"]
     assert found["StateDirectory"] == [state] and found["WorkingDirectory"] == [f"/var/lib/{state}"]
     assert found["ExecStartPre"] == [f"+/bin/chown -hR --reference=/var/lib/{state}/. /etc/telemt"]

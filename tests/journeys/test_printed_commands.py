@@ -46,6 +46,13 @@ def runnable(text: str) -> list[str]:
     return [line for line in command_lines(text) if not line.endswith(MARKS)]
 
 
+def for_others(text: str) -> list[str]:
+    """The command lines that are for another machine."""
+    blocks = [block for kind, block in re.findall(r"^ *```(sh|console)\n(.*?)^ *```", text, re.M | re.S)]
+    lines = [(line.strip(), block.strip().startswith(MARKS)) for block in blocks for line in re.sub(r"\\\n *", "", block).splitlines()]
+    return [line for line, whole in lines if line and not line.startswith("#") and (whole or line.endswith(MARKS))]
+
+
 def starts_the_proxy(line: str) -> bool:
     """Whether a line is `python3 telemt.py [CONFIG]` in the foreground."""
     words = shlex.split(line, comments=True)
@@ -64,14 +71,14 @@ class Desk:
         python.chmod(0o755)
         for name in ("telemt.py", "telemt_api.py"):
             shutil.copy(ROOT / name, self.folder)
-        for name in ("tools", "Makefile", "pyproject.toml", "docs", "tests"):
+        for name in ("tools", "Makefile", "pyproject.toml", "docs", "tests", "deploy"):
             (self.folder / name).symlink_to(ROOT / name)
         (self.folder / "config.toml").write_text(self.sample(), encoding="utf-8")
 
     def sample(self) -> str:
         """config.toml with what keeps it on this machine, as in doubles.base_config."""
         dc = self.rig.dc
-        text = self.local((ROOT / "config.toml").read_text(encoding="utf-8"))
+        text = self.local((ROOT / "config.toml").read_text(encoding="utf-8")).replace("#metrics_port", "metrics_port")
         for table, lines in (("general", "middle_proxy_nat_probe = false"),
                              ("general.links", 'public_host = "127.0.0.1"'),
                              ("network", "stun_use = false\nhttp_ip_detect_urls = []"),
@@ -130,6 +137,40 @@ def test_what_is_printed_works(document: str, rig: Rig) -> None:
             desk.start("python3 telemt.py config.toml")
         desk.run(line)
     desk.stop()
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if for_others((ROOT / name).read_text(encoding="utf-8"))])
+def test_what_is_for_another_machine_is_sound(document: str) -> None:
+    """Those lines are read, not run: a shell understands them, what they take from here is here, subcommands and units exist."""
+    for line in for_others((ROOT / document).read_text(encoding="utf-8")):
+        judge(line)
+
+
+def judge(line: str) -> None:
+    """AssertionError if a line for another machine cannot work there."""
+    assert subprocess.run(["sh", "-n", "-c", line], capture_output=True, check=False, timeout=20).returncode == 0, line
+    words = shlex.split(line.replace("$(", " ").replace(";", " ; "), comments=True)
+    for at, word in enumerate(words):
+        if word.startswith(("deploy/", "docs/", "tools/")) and "mkdir" not in words:
+            assert (ROOT / word).exists(), f"{line}: no {word}"
+        if word.endswith("telemt.py") and words[at - 1].endswith("python3") and at + 1 < len(words):
+            assert words[at + 1] in (*SUBCOMMANDS, "--init", "--version") or words[at + 1].endswith(".toml"), line
+    if "systemctl" in words or "journalctl" in words:
+        units = [re.sub("@.*", "@", word).removesuffix(".service") for word in words if word.startswith("telem")]
+        assert all((ROOT / "deploy/systemd" / f"{unit}.service").is_file() for unit in units), line
+    if words[:2] == ["docker", "compose"]:
+        assert words[2:4] == ["-f", "deploy/docker/compose.yaml"], line
+    if words[0] == "service":
+        assert words[1] in ("telemt", "firewall") and words[2] in ("enable", "start", "stop", "restart", "reload"), line
+
+
+def test_an_unsound_line_is_noticed() -> None:
+    for line in ("scp deploy/no-such-file root@server:    # on your server", "if true; then    # on your server",
+                 "systemctl restart telemd@1 telemt-2    # on your server", "python3 /opt/telemt.py chek x.toml    # on your server"):
+        assert for_others(f"```sh\n{line}\n```\n") == [line]
+        with pytest.raises(AssertionError):
+            judge(line)
+    assert for_others("```sh\n# on your server\na\nb    # why\n```\n```sh\nc\n```\n") == ["a", "b    # why"]
 
 
 def test_the_documents_print_commands() -> None:
