@@ -2,7 +2,7 @@
 
 Blocks marked ```sh hold one command per line, blocks marked ```console hold output too and a command behind `$ `.  A line that ends
 in one of MARKS is for another machine and is not run, nor is a block that begins with such a comment.  `make TARGET` is run as
-`make -n TARGET`, because this very test is part of most of them.
+`make -n TARGET`, because this very test is part of most of them; those of MADE are run.
 
 Each document has a folder with what a newcomer has: the two files and the sample configuration.  Its ports are replaced by free
 ones, in the file and in the commands alike, and its data centres and mask host by doubles.  A command that starts the proxy is
@@ -24,6 +24,7 @@ from doubles import ROOT, Proxy, Rig, clean_env, free_port
 MARKS = ("# needs the internet", "# on your server")
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 PORTS = ("8443", "9091", "9090")                  # what the sample and the documents say
+MADE = ("dist", "install", "uninstall")           # targets that need no environment and write where they are told
 EXPECTED = re.compile(r"# exit ([0-9]+)")         # a comment that says what the reader will see
 SUBCOMMANDS = ("check", "links", "ping", "healthcheck", "top")
 
@@ -71,7 +72,8 @@ class Desk:
         python.chmod(0o755)
         for name in ("telemt.py", "telemt_api.py"):
             shutil.copy(ROOT / name, self.folder)
-        for name in ("tools", "Makefile", "pyproject.toml", "docs", "tests", "deploy"):
+        shutil.copytree(ROOT / "tools", self.folder / "tools", ignore=shutil.ignore_patterns("__pycache__"))   # they write beside it
+        for name in ("Makefile", "pyproject.toml", "docs", "tests", "deploy"):
             (self.folder / name).symlink_to(ROOT / name)
         (self.folder / "config.toml").write_text(self.sample(), encoding="utf-8")
 
@@ -113,12 +115,13 @@ class Desk:
     def run(self, line: str) -> None:
         """Run one line and judge it: exit code 0, or what its comment says; the API has to answer with success."""
         words = shlex.split(line, comments=True)
-        if words[0] == "make":
+        if words[0] == "make" and not set(words) & set(MADE):
             line = "make -n " + " ".join(words[1:])
         if not shutil.which(words[0]):
             pytest.skip(f"{words[0]} not installed (make deps-test)")
         promised = EXPECTED.search(line)
-        env = clean_env({"PATH": f"{self.folder / 'bin'}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "NO_COLOR": "1"})
+        env = clean_env({"PATH": f"{self.folder / 'bin'}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "NO_COLOR": "1",
+                         "TMPDIR": str(self.folder / "bin")})
         done = subprocess.run(["sh", "-c", self.local(line)], cwd=self.folder, env=env, stdin=subprocess.DEVNULL, capture_output=True,
                               text=True, timeout=60, check=False)
         assert done.returncode == int(promised[1] if promised else 0), f"{line}\n{done.stdout}\n{done.stderr}"
@@ -190,6 +193,11 @@ def test_marks_and_continuations_are_read() -> None:
 def test_a_command_that_fails_is_noticed(rig: Rig) -> None:
     desk = Desk(rig)
     desk.run("python3 telemt.py check --offline missing.toml    # exit 2")
+    desk.run("make dist")
+    desk.run("sh -c 'cd dist && sha256sum -c SHA256SUMS'")
+    desk.run('make install DESTDIR="$(mktemp -d)"')
+    installed = [path for path in desk.folder.rglob("telemt@.service") if "deploy" not in path.parts]
+    assert len(installed) == 1 and (desk.folder / "dist" / "telemt.pyz").exists(), "make was not run"
     for line in ("python3 telemt.py check --offline missing.toml", "grep -q no-such-word-here config.toml", "make no-such-target"):
         with pytest.raises(AssertionError):
             desk.run(line)
