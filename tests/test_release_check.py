@@ -27,7 +27,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("telemt.py", "telemt_api.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, root)
     for name in ("docs", "deploy", "tools"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "images", "performance.*"))
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "images", "performance.md"))
     (root / "CHANGELOG.md").write_text(f"# Changelog\n\n## [{VERSION}] - 2026-01-31\n\n- All.\n\n## [0.0.9] - 2025-01-31\n")
     git(root, "-c", "init.defaultBranch=main", "init", "-q")
     git(root, "add", "-A")
