@@ -5,11 +5,13 @@ same, what was read can be written and read again, sizes stay within their limit
 """
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import functools
 import hashlib
 import hmac
+import io
 import re
 import socket
 import struct
@@ -673,17 +675,18 @@ def check_qr(data: bytes) -> str:
 
 
 def check_words(data: bytes) -> str:
-    """A command line, and a value of RUST_LOG."""
+    """A command line, and a value of RUST_LOG; what is said about unknown options goes nowhere."""
     text = data.decode("utf-8", "replace")
-    words = [word for word in text.split("\n") if word and not (word.startswith("-") and word[1:2] not in ("", "-", "h", "V", "s"))]
-    known = [word for word in words if not word.startswith("--") or word.partition("=")[0] in KNOWN_WORDS]
-    action = telemt.parse_arguments(known).action
+    words = [word for word in text.split("\n") if word]
     telemt.parse_rust_log(text)
+    with contextlib.redirect_stderr(io.StringIO()):
+        action = telemt.parse_arguments(words).action
     try:
         request = telemt.parse_init(words)
-        return f"{action} {request.start} {request.port == 443}"
     except telemt.ConfigError:
         return action
+    assert 0 <= request.port < 65_536 and re.fullmatch("[0-9A-Fa-f]{32}", request.secret)
+    return f"{action} {request.start} {request.port == 443}"
 
 
 class StillCipher:
@@ -738,8 +741,6 @@ def ask(mode: str, data: bytes, step: int) -> str:
 
 
 PING_FRAME = struct.pack("<QQII16s16s", 0, 1, 36, 0x05162463, b"N" * 16, bytes(16))
-KNOWN_WORDS = ("--init", "--help", "--version", "--silent", "--log-level", "--port", "--domain", "--secret", "--user", "--config-dir",
-               "--no-start", "--force")
 
 
 def more_targets() -> list[Target]:
