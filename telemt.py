@@ -336,6 +336,11 @@ class InternalError(TelemtError):
     """Our fault: logged with a traceback, costs one session, never the process."""
 
 
+def describe(error: Exception) -> str:
+    """An error as the log words it; errors of the system with their number."""
+    return f"IO error: {error.strerror} (os error {error.errno})" if isinstance(error, OSError) else str(error)
+
+
 class Level(enum.IntEnum):
     """Severity of a log record; order is emission order."""
 
@@ -7974,7 +7979,6 @@ class UnwrapFlow(Flow):
 _INLET_LEVEL: Final = 2                        # 256 KiB: beyond it the caches lose more than the system calls win
 _OUTLET_CAPACITY: Final = _WRAP_RECORDS[-1] * RECORD_OUT_MAX
 _CHUNK: Final = 65_536                         # small answers that wait are joined up to this size
-_RECORD_HEAD: Final = struct.Struct(">BHH")
 _CHAT_MAX: Final = 2048                        # one message alone, up to which a copy costs less than doing without
 
 
@@ -8060,7 +8064,7 @@ class Outlet:
             if size <= _CHAT_MAX:
                 data = self.cipher.take(region, at, size, self.arena.output)
                 pieces.clear()
-                self._push(_RECORD_HEAD.pack(0x17, 0x0303, size) + data if self.tls else data, 1)
+                self._push(_HEADER.pack(0x17, 0x0303, size) + data if self.tls else data, 1)
                 return
         if pieces:
             self.pieces = []
@@ -9833,7 +9837,7 @@ class Passage:
 
 
 def _io_error(error: OSError) -> RouteError:
-    return RouteError(f"IO error: {error.strerror} (os error {error.errno})", code=error.errno or 0)
+    return RouteError(describe(error), code=error.errno or 0)
 
 
 # -- cycles: one request for a connection
@@ -11633,11 +11637,6 @@ def _last_heard(session: Bound) -> float:
     return session.last_at
 
 
-def describe(error: Exception) -> str:
-    """An error as the log words it."""
-    return f"IO error: {error.strerror} (os error {error.errno})" if isinstance(error, OSError) else str(error)
-
-
 def native_crc32c() -> Checksum | None:
     """CRC-32C in the processor, where the package `crc32c` is installed: a third of what CRC-32 costs per byte (D5)."""
     try:
@@ -13251,11 +13250,7 @@ def report_end(error: Exception | None, **fields: object) -> None:
     if (error.errno if isinstance(error, OSError) else getattr(error, "code", 0)) in _GONE:
         log_relay.debug("Connection closed by client", **fields)
         return
-    if isinstance(error, OSError):
-        text = f"IO error: {error.strerror} (os error {error.errno})"
-    else:
-        text = str(error)
-    log_relay.warn("Connection closed with error", **fields, error=text)
+    log_relay.warn("Connection closed with error", **fields, error=describe(error))
 
 
 _GONE: Final = frozenset((errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ENOTCONN))
