@@ -8611,13 +8611,14 @@ _RTM_GETADDR, _RTM_NEWADDR, _NLMSG_ERROR, _NLMSG_DONE = 22, 20, 2, 3
 _NLM_F_REQUEST_DUMP: Final = 0x301
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _IFA_F_UNUSABLE: Final = 0x08 | 0x40           # duplicate found, duplicate detection not over
-_SIOCGIFADDR: Final = 0x8915
+_SIOCGIFADDR, _SIOCGIFCONF = 0x8915, 0x8912
+_ADDRESSES_MAX: Final = 1024             # IPv4 addresses of this host, all interfaces together
 
 
 def interface_addresses(name: str) -> list[str]:
     """Addresses of an interface in the system's order, without IPv6 link-local ones; none for an unknown interface.
 
-    By rtnetlink; where AF_NETLINK is forbidden, by ioctl (the first IPv4 address only) and /proc/net/if_inet6.
+    By rtnetlink; where AF_NETLINK is forbidden, by ioctl (without ctypes the first IPv4 address only) and /proc/net/if_inet6.
     """
     try:
         index = socket.if_nametoindex(name)
@@ -8660,11 +8661,24 @@ def _one_address(message: bytes, index: int) -> list[str]:
 def _plain_addresses(name: str) -> list[str]:
     found = []
     with contextlib.suppress(OSError, ValueError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        answer = fcntl.ioctl(sock, _SIOCGIFADDR, struct.pack("16s24x", name.encode()[:15]))
-        found.append(str(ipaddress.IPv4Address(answer[20:24])))
+        try:
+            found += _ioctl_addresses(sock, name)
+        except (ImportError, MemoryError):     # MemoryError: ctypes under a seccomp filter
+            answer = fcntl.ioctl(sock, _SIOCGIFADDR, struct.pack("16s24x", name.encode()[:15]))
+            found.append(str(ipaddress.IPv4Address(answer[20:24])))
     with contextlib.suppress(OSError, ValueError), open("/proc/net/if_inet6", encoding="ascii") as rows:
         found += [str(ipaddress.IPv6Address(bytes.fromhex(row.split()[0]))) for row in rows if row.split()[-1] == name]
     return found
+
+
+def _ioctl_addresses(sock: socket.socket, name: str) -> list[str]:
+    """All IPv4 addresses of an interface, those with a label (`eth0:1`) too; the kernel writes them to a place it is told."""
+    import ctypes
+    row = 16 + (24 if struct.calcsize("P") == 8 else 16)       # struct ifreq: name, then a union
+    room = ctypes.create_string_buffer(row * _ADDRESSES_MAX)
+    used, _ = struct.unpack("iP", fcntl.ioctl(sock, _SIOCGIFCONF, struct.pack("iP", len(room), ctypes.addressof(room))))
+    rows = [room.raw[at:at + row] for at in range(0, used, row)]
+    return [str(ipaddress.IPv4Address(data[20:24])) for data in rows if data[:16].partition(b"\0")[0].partition(b":")[0] == name.encode()]
 
 
 # -- HTTP, blocking: for helper threads.  Neither urllib nor str host names: the smallest routers lack them (platform.md 1)
@@ -14096,7 +14110,7 @@ class Housework:
 def trim_heap() -> None:
     """Have malloc return its free pages to the system, where it can (glibc)."""
     if "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", ()):
-        with contextlib.suppress(ImportError, AttributeError, OSError):
+        with contextlib.suppress(ImportError, AttributeError, OSError, MemoryError):
             import ctypes
             ctypes.CDLL(None).malloc_trim(0)
 
@@ -17488,7 +17502,7 @@ RestrictSUIDSGID=true
 RemoveIPC=true
 LockPersonality=true
 MemoryDenyWriteExecute=true
-# without AF_NETLINK: an upstream that names an interface asks by ioctl, which knows its first IPv4 address only
+# without AF_NETLINK: an upstream that names an interface asks by ioctl and /proc for its addresses
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
 SystemCallArchitectures=native
 SystemCallFilter=@system-service

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,8 @@ logoutput: stderr
 internal: 127.0.0.1 port = {port}
 external: lo
 clientmethod: none
-socksmethod: none
+socksmethod: {method}
+user.privileged: root
 user.notprivileged: {user}
 client pass {{ from: 127.0.0.0/8 to: 0.0.0.0/0 }}
 socks pass {{ from: 127.0.0.0/8 to: 127.0.0.0/8 protocol: tcp }}
@@ -190,13 +192,29 @@ socks pass {{ from: 127.0.0.0/8 to: ::1/128 protocol: tcp }}
 
 
 class Dante(Program):
-    """SOCKS4 and SOCKS5 without login, towards IPv4 and IPv6."""
+    """SOCKS4 and SOCKS5 without login, or SOCKS5 with that of a SystemUser; towards IPv4 and IPv6."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, login: bool = False) -> None:
         folder.mkdir(parents=True)
         port = free_port()
-        (folder / "danted.conf").write_text(DANTE.format(port=port, user=pwd.getpwuid(os.getuid()).pw_name))
+        user = pwd.getpwuid(os.getuid()).pw_name
+        text = DANTE.format(port=port, user=user, method="username" if login else "none")
+        (folder / "danted.conf").write_text(text if os.getuid() == 0 else text.replace("user.privileged: root\n", ""))
         super().__init__(folder, [path_of("danted"), "-f", "danted.conf", "-p", str(folder / "danted.pid")], port)
+
+
+@contextlib.contextmanager
+def system_user(name: str, password: str) -> Iterator[tuple[str, str]]:
+    """A user of this system who may log in with a password and has neither shell nor home: what dante checks.  Skips without root."""
+    if os.getuid() != 0:
+        pytest.skip("dante knows users of the system only, and only root can make one")
+    needs("useradd", "userdel", "chpasswd")
+    subprocess.run([path_of("useradd"), "-M", "-N", "-s", "/usr/sbin/nologin", name], check=True, capture_output=True)
+    try:
+        subprocess.run([path_of("chpasswd")], input=f"{name}:{password}", text=True, check=True, capture_output=True)
+        yield name, password
+    finally:
+        subprocess.run([path_of("userdel"), name], check=False, capture_output=True)
 
 
 SSHD = """

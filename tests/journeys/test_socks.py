@@ -1,6 +1,7 @@
 """Through real SOCKS servers of Debian (microsocks, dante, ssh -D), with and without login: sessions, bulk, ends, and the fast path."""
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from doubles import MIB, MODES, Rig, free_port
-from programs import Dante, Microsocks, Program, SshSocks, needs
+from programs import Dante, Microsocks, Program, SshSocks, needs, system_user
 
 LOGIN = ("courier", "s3cret-pass")
 SERVERS: dict[str, tuple[tuple[str, ...], Callable[[Path], Program]]] = {
@@ -60,6 +61,30 @@ def test_sessions_through(rig: Rig, server: Callable[[str], Program], name: str,
     assert len(rig.dc.peers) == 4
     proxy.wait_log(rf"  via {kind}://127.0.0.1:{port}$")
     assert not proxy.log(LOGIN[1]), "a password in the log"
+
+
+def test_a_login_of_dante(rig: Rig, tmp_path: Path) -> None:
+    """Users of the system: made for the test, gone after it."""
+    needs("danted")
+    name = f"telemt{os.getpid()}"
+    with system_user(name, "s3cret: pass") as login:
+        dante = Dante(tmp_path / "server", login=True)
+        try:
+            proxy = rig.proxy(through("socks5", dante.port, login))
+            for mode in MODES:
+                client = rig.client("alice", mode)
+                client.req_pq()
+                client.download(2 * MIB)
+                client.upload(MIB)
+            wrong = rig.proxy(through("socks5", dante.port, (name, "wrong")))
+            rig.client().expect_closed()
+            wrong.wait_log("WARN .*Upstream failed after retries: Proxy error: SOCKS5 authentication failed")
+            nobody = rig.proxy(through("socks5", dante.port))
+            rig.client().expect_closed()
+            nobody.wait_log("WARN .*Upstream failed after retries: Proxy error: Unsupported SOCKS5 auth method")
+            assert len(rig.dc.peers) == len(MODES) and not proxy.log("s3cret")
+        finally:
+            dante.close()
 
 
 @pytest.mark.parametrize("name", ["microsocks with login", "dante"])
