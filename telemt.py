@@ -2026,12 +2026,14 @@ class CryptographyBackend(Backend):
     name = "cryptography"
 
     def __init__(self) -> None:
+        from cryptography.exceptions import InternalError as OpenSslError
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
         self._cipher: Any = Cipher
         self._aes: Any = algorithms.AES
         self._modes: Any = modes
-        self._unsupported = UnsupportedAlgorithm
+        self._unsupported, self._internal = UnsupportedAlgorithm, OpenSslError
+        self._new_x25519: Callable[[], Any] | None = None      # found when FakeTLS wants the first key
 
     def ctr(self, key: bytes, iv: bytes) -> AesCtr:
         return _CryptographyCipher(self._cipher(self._aes(key), self._modes.CTR(iv)).encryptor())
@@ -2045,9 +2047,10 @@ class CryptographyBackend(Backend):
     def x25519_public(self, entropy: Entropy) -> bytes:
         """Return the public half of a generated key; `entropy` is used only where OpenSSL has none (FIPS mode)."""
         try:
-            from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey  # 1.5 MB: only where FakeTLS is served
-            key: Any = X25519PrivateKey.generate().public_key()
-        except (self._unsupported, ImportError, OSError):      # OSError: no descriptor left to import with
+            if self._new_x25519 is None:
+                self._new_x25519 = self._find_x25519()
+            key: Any = self._new_x25519().public_key()
+        except (self._unsupported, self._internal, ImportError, OSError):        # OSError: no descriptor left to import with
             return super().x25519_public(entropy)
         if hasattr(key, "public_bytes_raw"):   # since 40
             raw: bytes = key.public_bytes_raw()
@@ -2055,6 +2058,18 @@ class CryptographyBackend(Backend):
             from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
             raw = key.public_bytes(Encoding.Raw, PublicFormat.Raw)
         return raw
+
+    @staticmethod
+    def _find_x25519() -> Callable[[], Any]:
+        """What makes a key: straight from the core of the library where it has that, because the public module loads 1.3 MB more."""
+        try:
+            from cryptography.hazmat.bindings._rust import openssl
+            make: Callable[[], Any] = openssl.x25519.generate_key
+            make().public_key().public_bytes_raw()
+            return make
+        except Exception:                      # no promise of theirs: whatever is different there, the public way decides
+            from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+            return X25519PrivateKey.generate
 
 
 # -- libcrypto through ctypes

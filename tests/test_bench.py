@@ -76,6 +76,12 @@ def test_worse_by_more_than_a_quarter(now, before, found):
     assert worse({"x": row(now)}, {"x": row(before)}, BACKENDS) == found
 
 
+def test_a_lucky_figure_does_not_raise_the_bar():
+    """The bare loop is the least that can be done: a committed 0.8 is noise, and 1.2 after it no regression."""
+    assert worse({"x": row(1.2)}, {"x": row(0.8)}, BACKENDS) == []
+    assert len(worse({"x": row(1.3)}, {"x": row(0.8)}, BACKENDS)) == 2
+
+
 def test_a_row_that_is_new_is_not_worse():
     assert worse({"x": row(9.0)}, {}, BACKENDS) == []
 

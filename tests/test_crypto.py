@@ -2,6 +2,7 @@
 import ctypes.util
 import hashlib
 import hmac
+import importlib
 import mmap
 import os
 import random
@@ -488,9 +489,31 @@ def test_libcrypto_without_x25519(monkeypatch):
     assert backend.x25519_public(lambda n: b"\5" * n) == make_x25519_public(lambda n: b"\5" * n)
 
 
+def public_way_only(monkeypatch):
+    """A `cryptography` whose core has no short cut to X25519 keys; returns its public module."""
+    x25519 = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.x25519")
+    x25519.X25519PrivateKey.generate()             # it has loaded all it needs
+    importlib.import_module("cryptography.hazmat.primitives.serialization")
+    monkeypatch.setattr(sys.modules["cryptography.hazmat.bindings._rust"], "openssl", None)
+    return x25519
+
+
+def test_cryptography_gives_keys_by_its_public_way_too(monkeypatch):
+    public_way_only(monkeypatch)
+    check_point(pick_backend("cryptography").x25519_public(os.urandom))
+
+
+def test_keys_do_not_load_the_public_module():
+    """It is 1.3 MB more of every process that serves FakeTLS."""
+    pytest.importorskip("cryptography", "42")
+    code = ("import os, sys, telemt; telemt.pick_backend('cryptography').x25519_public(os.urandom);"
+            "sys.exit('cryptography.hazmat.primitives.asymmetric.x25519' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(telemt.__file__).parent, timeout=60).returncode == 0
+
+
 def test_cryptography_without_x25519(monkeypatch):
     """OpenSSL in FIPS mode refuses X25519."""
-    x25519 = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.x25519")
+    x25519 = public_way_only(monkeypatch)
     from cryptography.exceptions import UnsupportedAlgorithm
     backend = pick_backend("cryptography")
 
@@ -503,7 +526,7 @@ def test_cryptography_without_x25519(monkeypatch):
 
 
 def test_cryptography_38_has_no_short_cut_to_raw_bytes(monkeypatch):
-    x25519 = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.x25519")
+    x25519 = public_way_only(monkeypatch)
     backend, private = pick_backend("cryptography"), x25519.X25519PrivateKey
 
     class OldKey:

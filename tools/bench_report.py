@@ -247,7 +247,7 @@ def worse(now: dict[str, Any], committed: dict[str, Any], backends: Sequence[str
     for name, row in now.items():
         for backend in backends:
             before = committed.get(name, {}).get(backend, {}).get("ratio")
-            if before is not None and row[backend]["ratio"] > before * WORSE:
+            if before is not None and row[backend]["ratio"] > max(before, 1.0) * WORSE:        # below one is luck
                 found.append(f"{name} ({backend}): {before:.2f} -> {row[backend]['ratio']:.2f}")
     return found
 
