@@ -2067,7 +2067,7 @@ class CryptographyBackend(Backend):
             make: Callable[[], Any] = openssl.x25519.generate_key
             make().public_key().public_bytes_raw()
             return make
-        except Exception:                      # no promise of theirs: whatever is different there, the public way decides
+        except (ImportError, AttributeError, TypeError, ValueError):     # that place is no promise of theirs
             from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
             return X25519PrivateKey.generate
 
