@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 help: ## list the targets
 	@while IFS= read -r line; do \
-		case "$$line" in [a-z]*:*'## '*) printf '  make %-11s %s\n' "$${line%%:*}" "$${line##*## }";; esac; \
+		case "$$line" in [a-z]*:*'## '*) printf '  make %-13s %s\n' "$${line%%:*}" "$${line##*## }";; esac; \
 	done < Makefile
 
 run: ## start the proxy with CONFIG=config.toml; installs nothing

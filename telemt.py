@@ -17627,7 +17627,7 @@ def install_unit(request: InitRequest, path: str) -> None:
         complain(f"[!] {_UNIT_PATH}: {error.strerror}; install this unit yourself:\n{unit}")
         return
     complain(f"[+] Unit written to {_UNIT_PATH}")
-    for step in [["daemon-reload"]] + ([["enable", "telemt.service"], ["start", "telemt.service"]] if request.start else []):
+    for step in [["daemon-reload"], ["enable", "telemt.service"]] + [["start", "telemt.service"]] * request.start:
         run_systemctl(step)
     if request.start:
         time.sleep(1)

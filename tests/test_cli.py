@@ -325,7 +325,7 @@ def test_init_writes_config_and_unit(tmp_path, monkeypatch, capsys):
     words = ["--init", "--secret", SECRET, "--user", "bob", "--domain", "front.example", "--config-dir", str(tmp_path), "--no-start"]
     assert telemt.main(words) == 0
     out = capsys.readouterr().out
-    assert f"secret=ee{SECRET}{b'front.example'.hex()}" in out and steps == [["daemon-reload"]], "not at the next boot"
+    assert f"secret=ee{SECRET}{b'front.example'.hex()}" in out and steps == [["daemon-reload"], ["enable", "telemt.service"]]
     path = tmp_path / "config.toml"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     settings = load_config(str(path)).settings
@@ -368,6 +368,18 @@ def test_the_unit_of_init_is_the_one_in_deploy(tmp_path, monkeypatch):
     deployed = (ROOT / "deploy" / "systemd" / "telemt.service").read_text()
     unit = written_unit(tmp_path, monkeypatch)
     assert unit == deployed[deployed.index("[Unit]"):] and "User=telemt" in unit and "CapabilityBoundingSet=CAP_NET_BIND_SERVICE" in unit
+
+
+@pytest.mark.parametrize(("words", "steps"), [
+    ([], ["daemon-reload", "enable", "start", "is-active"]), (["--no-start"], ["daemon-reload", "enable"])])
+def test_systemctl_is_asked_as_the_specification_says(tmp_path, monkeypatch, words, steps):
+    """config.md 6.2 item 4: enabled in any case, started unless --no-start."""
+    asked = []
+    monkeypatch.setattr(telemt, "_UNIT_PATH", str(tmp_path / "telemt.service"))
+    monkeypatch.setattr(telemt, "run_systemctl", lambda step: asked.append(step[0]))
+    monkeypatch.setattr(telemt.time, "sleep", lambda _: None)
+    telemt.install_unit(parse_init(["--init", *words, "--config-dir", str(tmp_path)]), str(tmp_path / "config.toml"))
+    assert asked == steps
 
 
 @pytest.mark.parametrize(("places", "lines"), [
