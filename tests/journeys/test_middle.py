@@ -85,7 +85,7 @@ def test_requests_say_who_asks(rig: Rig, world: MeWorld, tagged: str) -> None:
     client = rig.client("bob", dc=-2)
     client.req_pq()
     assert rig.proxies[0].log("Transport: Middle-End Proxy - all DC-over-RPC")
-    assert rig.proxies[0].log("Routing via Middle-End user=bob peer=.* dc=-2 proto=secure mode=middle_proxy pool_generation=1 link=")
+    assert rig.proxies[0].wait_log("Routing via Middle-End user=bob peer=.* dc=-2 proto=secure mode=middle_proxy pool_generation=1 link=")
     request = world.mes[2][0].requests()[0]
     assert request.our == ("127.0.0.1", rig.proxies[0].port) and request.flags & 0x2 and bool(request.flags & 0x8) == bool(tagged)
 
