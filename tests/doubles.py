@@ -620,7 +620,7 @@ class FakeDc:
                 if self.rude:
                     peer.reset()
                     continue
-                peer.sock.settimeout(10 if self.manual else 120)
+                peer.sock.settimeout(10 if self.manual else 600)
                 with self._lock:
                     self._open.add(peer)
                 threading.Thread(target=self._attend, args=(peer,), daemon=True).start()

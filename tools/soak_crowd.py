@@ -525,6 +525,7 @@ class Crowd:
             port = self.relays[fate].port if fate in self.relays else self.port
             client = self._client(port, user, mode, transport, dc, walk, 32_768 if deed is read_slowly else 0)
             client.start()
+            client.req_pq()                      # whoever has an old secret sees the site from here on
             started = True
             deed(client, walk)
             self._good(user, client)
