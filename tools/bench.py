@@ -341,8 +341,8 @@ def idle_costs(rig: Rig, backend: str, count: int) -> dict[str, float]:
         close_all(socks)
         while proxy.status("VmRSS") and len(list((proxy.proc / "fd").iterdir())) > 40 and time.perf_counter() < begin + 30:
             time.sleep(0.02)
-        return {"sessions": count, "base_mb": base / 1024, "ready_s": proxy.ready_s, "session_kb": (full - base) / count, "total_mb": full / 1024,
-                "wakeups_per_s": wakes, "close_all_s": time.perf_counter() - begin}
+        return {"sessions": count, "base_mb": base / 1024, "ready_s": proxy.ready_s, "session_kb": (full - base) / count,
+                "total_mb": full / 1024, "wakeups_per_s": wakes, "close_all_s": time.perf_counter() - begin}
     finally:
         proxy.stop()
 
