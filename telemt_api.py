@@ -2455,6 +2455,7 @@ class Wire:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._buffer = bytearray()
         self.idle_since: float | None = time.monotonic()     # None while a request is under way
+        self.served = False                    # it has had an answer
 
     def _more(self, deadline: float) -> None:
         """Read once.  Raises TimeoutError, EOFError, OSError."""
@@ -2605,6 +2606,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = (answer.close or request.body_unread or not head.keep or self._asked == REQUESTS_MAX
                                  or self.server.stopped)
         self._send(answer, body=head.method != "HEAD")
+        self.wire.served = True
 
     def _send(self, answer: Answer, *, body: bool = True) -> None:
         size = sum(map(len, answer.pieces))
@@ -2732,7 +2734,8 @@ class HttpServer(ThreadingHTTPServer):
         """Close everything; the threads end by themselves.
 
         handed_on: another program listens at this very socket, so it is not shut down, and the thread that waits for it leaves
-        with the next visitor, whom it does not touch.  Connections at rest are closed, the others after their answer.
+        with the next visitor, whom it does not touch.  Connections at rest are closed, the others after their answer, and so are
+        those whose first request is still on its way.
         """
         self._stopped.set()
         if not handed_on:
@@ -2741,8 +2744,10 @@ class HttpServer(ThreadingHTTPServer):
         self.server_close()
         with self._lock:
             for wire in self._wires:
-                if wire.idle_since is not None or not handed_on:
+                if not handed_on:
                     wire.shutdown(socket.SHUT_RDWR)
+                elif wire.idle_since is not None and wire.served:
+                    wire.shutdown(socket.SHUT_RD)            # a request that has arrived is still read
         until = time.monotonic() + _LAST_ANSWERS_S
         while handed_on and self._wires and time.monotonic() < until:        # our process may end with the last session
             time.sleep(0.01)

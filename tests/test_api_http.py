@@ -417,9 +417,13 @@ def test_another_program_goes_on_at_the_same_socket(monkeypatch: pytest.MonkeyPa
     busy = socket.create_connection(first.address, timeout=20)
     busy.sendall(b"GET / HTTP/1.1\r\n\r\n")
     assert asked.wait(20)
+    fresh = socket.create_connection(first.address, timeout=20)
+    poll(lambda: first._server is not None and len(first._server._wires) == 3, "the third is accepted")
     first.stop(handed_on=True)
     assert resting.recv(10) == b""
     go_on.set()
+    fresh.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    assert b"Connection: close" in fresh.recv(1000), "accepted, so it has an answer"
     assert b"Connection: close" in busy.recv(1000)
     early = [socket.create_connection(first.address, timeout=20) for _ in range(3)]         # nobody accepts
     second = Listener(first.address, 5, Echo(), LOG, "failed", heirs)
