@@ -219,6 +219,20 @@ def test_wrong_secret_is_logged_and_tried_again(rig: Rig) -> None:
         assert proxy.log("mode=direct")
 
 
+def test_a_silent_peer_is_given_up_and_tried_again(rig: Rig) -> None:
+    """It takes the connection and the nonce and says no more: ten seconds, meanwhile sessions go direct; later it talks."""
+    with MeWorld({2: 1}) as world:
+        me = world.mes[2][0]
+        me.mute = "handshake"
+        proxy = rig.proxy(world.config())
+        rig.client().req_pq()
+        assert proxy.log("mode=direct")
+        proxy.wait_log("Telegram handshake timeout", timeout=20)
+        me.mute = ""
+        poll(lambda: proxy.log("mode=middle_proxy") if can_echo(rig) else None, "a session through the middle end", 40)
+        assert world.faults == []
+
+
 # -- many
 
 class Crowd:
