@@ -3,7 +3,7 @@
 
 PYTHON  ?=
 CONFIG  ?= config.toml
-JOBS    ?= 4
+JOBS    ?= 6
 RUNS    ?= 100000
 SEED    ?=
 ARGS    ?=
@@ -47,8 +47,8 @@ $(STAMP): pyproject.toml
 deps-test: ## install what only the tests need (nginx, haproxy ...) by apt; without root or network it says so and goes on
 	@sh tools/deps_test.sh
 
-test: $(STAMP) ## run every test, JOBS=4 side by side (they mostly wait); ARGS='-k word' narrows
-	"$(PY)" -m pytest -n $(JOBS) $(ARGS)
+test: $(STAMP) ## run every test, JOBS=6 side by side (they mostly wait); ARGS='-k word' narrows
+	"$(PY)" -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 check: lint types house test ## all that CI asks: lint, types, house, test
 

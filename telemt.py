@@ -6,7 +6,7 @@ an ordinary HTTPS server.  Start it with `python3 telemt.py config.toml`; nothin
 
 How to read it.  The file is a book of rooms in the order of dependency: a room uses earlier rooms only.  Rooms marked
 `pure` take bytes and return values: no socket, clock, thread or randomness inside.  `grep -n '^# == ' telemt.py` prints the
-contents; tools/house_check.py keeps this map true.  Missing numbers are rooms of later releases.
+contents; tools/house_check.py keeps this map true.
 
    1  ground      pure  <- -               errors, Reason (one word per way to fail), the log
    2  settings    pure  <- 1               every configuration key; parsing, normalisation, validation
@@ -20,17 +20,17 @@ contents; tools/house_check.py keeps this map true.  Missing numbers are rooms o
   10  stats       pure  <- 1               counters, and the snapshots that other threads look at
   11  access      pure  <- 1 2 3 6 7 10    users, limits, tickets, replay windows, who is this
   12  planner     pure  <- 1 2 10          which links to the middle end exist: facts and `now` in, actions out
-  13  loop        io    <- 1               poller, timers, signals, helper threads
+  13  loop        io    <- 1               pollers, timers, signals, helper threads
   14  streams     io    <- 1 3 7 8 13      sockets; Arena and flows: where bytes move
   15  upstreams   io    <- 1 2 8 10 13 14  data-centre addresses, ways out and their health, connect cycles
   16  links       io    <- 1-3 9 10 12-15     links to the middle end, their sessions, the lists that name them
   17  masking     io    <- 1-3 7 8 10 13-15    strangers see the real site; our ServerHello looks like its own
   18  relay       io    <- 1-3 5 9-11 13 14 16   a session that has both its ends
   19  session     io    <- 1 2 4 6-18   from accept to a relay
-  20  server      io    <- 1-3 9-19     listeners, places, sweep, reload, links, stop, the seam to telemt_api.py
+  20  server      io    <- 1-3 9-19     listeners, places, sweep, links, quotas, reload, the seam to telemt_api.py, exchange at SIGUSR2
   21  ping        io    <- 1-4 6 7 13 14   a client of our own: through any proxy link to a data centre
   22  check       io    <- 1-3 9 14-16 20     what an operator would like to know before people complain
-  23  cli         io    <- 1-3 13 14 20-22    arguments, files, log on stdout, process set-up, main()
+  23  cli         io    <- 1-3 13 14 20-22    arguments, files, log on stdout, process set-up, systemd unit, main()
 
 The trip of one client.  `Listener` accepts; `Server._on_accept` gives it a place and a `ClientSession`, which sniffs the
 first bytes (`_sniff`).  A ClientHello goes to `Doorman.find_hello`, which tries secrets in the order of
@@ -188,6 +188,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeAlias, Type
 
 if TYPE_CHECKING:
     import argparse
+    import http.client
     from typing import NamedTuple, NoReturn, Protocol
 
     from _typeshed import WriteableBuffer
@@ -256,7 +257,6 @@ if not TYPE_CHECKING:
 
         def __repr__(self):
             return f"{type(self).__name__}({', '.join(map('{}={!r}'.format, self._fields, self))})"
-
 
 
 class Reason(enum.Enum):
@@ -4112,7 +4112,7 @@ def _stun_address(value: bytes, mask: bytes, version: int) -> Address | None:
 # Decryption works on whole reads and parsing on the decrypted run: FrameReader
 # returns places of payloads, not payloads.  Checksums are zlib's CRC-32, which
 # the link asks for; CRC-32C (flag 0x800) is offered only where a native one is
-# at hand (room 16), because in Python it takes 0.1 us a byte (D5).
+# at hand, because in Python it takes 0.1 us a byte (D5).
 # Traps: the handshake reply and the first frames may share a block; a frame may
 # start in any word; the key buffer takes the client's time, not the server's.
 # Source: middle-proxy-wire.md; `Dn` there is its section 16.
@@ -8730,6 +8730,18 @@ def parse_url(text: str) -> Url:
     return Url(secure, match[2].strip("[]"), int(match[3] or (443 if secure else 80)), match[4] or "/")
 
 
+def connect_blocking(ip: str, port: int, timeout_s: float) -> socket.socket:
+    """A connected socket with this time limit, for helper threads.  Raises OSError."""
+    sock = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect((ip, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
 def http_over(sock: socket.socket, url: Url, limit: int, deadline_at: float, agent: str) -> HttpAnswer:
     """Ask for `url` over a connected socket, with TLS and a verified certificate for https, and close it.
 
@@ -8814,14 +8826,7 @@ def fetch_url(text: str, limit: int, timeout_s: float, agent: str = "telemt") ->
     url = parse_url(text)
     for _ in range(_REDIRECTS_MAX):
         ip = socket.getaddrinfo(url.host.encode("ascii"), url.port, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(_left(deadline_at))
-            sock.connect((ip, url.port))
-        except OSError:
-            sock.close()
-            raise
-        answer = http_over(sock, url, limit, deadline_at, agent)
+        answer = http_over(connect_blocking(str(ip), url.port, _left(deadline_at)), url, limit, deadline_at, agent)
         if answer.status not in _REDIRECTS:
             return answer
         where = answer.headers.get("location", "")
@@ -11420,9 +11425,7 @@ class Directory:
         if isinstance(result, Exception):
             raise result
         self._check_clock(result)
-        if not 200 <= result.status <= 299:
-            raise RouteError(f"proxy-secret download HTTP {result.status}")
-        check_secret_size(len(result.body), self.general.proxy_secret_len_max)
+        check_secret_answer(result.status, result.body, self.general.proxy_secret_len_max)
         return result.body
 
     def _use_secret(self, data: bytes) -> None:
@@ -11595,6 +11598,13 @@ class Directory:
             self.loop.offload(work, done)
 
 
+def check_secret_answer(status: int, body: bytes, limit: int) -> None:
+    """Raise RouteError or WireError unless this answer to a request is a proxy-secret that may be used."""
+    if not 200 <= status <= 299:
+        raise RouteError(f"proxy-secret download HTTP {status}")
+    check_secret_size(len(body), limit)
+
+
 def _fetch_nothing(_url: str, _limit: int, _done: Callable[[Download | Exception], None]) -> None:
     """For a directory that is not read any more."""
 
@@ -11664,17 +11674,6 @@ def parse_http_date(text: str) -> float | None:
 
 def _last_heard(session: Bound) -> float:
     return session.last_at
-
-
-def native_crc32c() -> Checksum | None:
-    """CRC-32C in the processor, where the package `crc32c` is installed: a third of what CRC-32 costs per byte (D5)."""
-    try:
-        import crc32c as package
-        checksum: Checksum = package.crc32c
-        usable = package.hardware_based and checksum(b"6789", checksum(b"12345", 0)) == crc32c(b"123456789")
-    except (ImportError, AttributeError, TypeError, ValueError):       # anything may be called crc32c
-        return None
-    return checksum if usable else None
 
 
 _dial_failed: Final = Throttle(1.0)
@@ -14222,7 +14221,7 @@ class Server:
     def _build_middle(self, backend: Backend) -> None:
         """Links to the middle end; accept() starts them."""
         settings, loop = self.settings, self.loop
-        origin = Origin(backend, os.urandom, os.getpid(), int(time.time()), native_crc32c())
+        origin = Origin(backend, os.urandom, os.getpid(), int(time.time()))
         planner = PoolPlanner(settings, draw_fraction, loop.now, self.counters.me)
         self.pool = Pool(loop, settings, self.counters, self.arena, self.upstreams, self.network, origin, planner)
         self.sources.pool = lambda: pool_snapshot(planner, loop.now)
@@ -16290,12 +16289,8 @@ def run_probes(probes: Mapping[str, Callable[[], Sequence[Finding]]], tell: Call
 def probe_clock(name: str) -> Sequence[Finding]:
     """Compare our clock with the one that a web server puts into its answers.  Blocks; raises OSError."""
     import http.client
-    connection = http.client.HTTPSConnection(name, timeout=_PROBE_LIMIT_S)
-    try:
-        connection.request("HEAD", "/", headers={"User-Agent": "curl/8"})
-        return compare_clocks(name, connection.getresponse().getheader("Date") or "", time.time())
-    finally:
-        connection.close()
+    with contextlib.closing(http.client.HTTPSConnection(name, timeout=_PROBE_LIMIT_S)) as connection:
+        return compare_clocks(name, _date_of(connection), time.time())
 
 
 def probe_mask_clock(settings: Settings) -> Sequence[Finding]:
@@ -16310,12 +16305,16 @@ def probe_mask_clock(settings: Settings) -> Sequence[Finding]:
         ip = _look_up(host, port, settings.network.dns_overrides)[0]
         if port == settings.server.port and is_local_ip(ip):
             return []                          # it is ourselves
-        with _connect(ip, port) as sock, context.wrap_socket(sock, server_hostname=cert.tls_domain) as tls:
+        with connect_blocking(ip, port, _PROBE_LIMIT_S) as sock, context.wrap_socket(sock, server_hostname=cert.tls_domain) as tls:
             connection = http.client.HTTPConnection(cert.tls_domain, port)
             connection.sock = tls
-            connection.request("HEAD", "/", headers={"User-Agent": "curl/8"})
-            return compare_clocks(host, connection.getresponse().getheader("Date") or "", time.time())
+            return compare_clocks(host, _date_of(connection), time.time())
     return []
+
+
+def _date_of(connection: http.client.HTTPConnection) -> str:
+    connection.request("HEAD", "/", headers={"User-Agent": "curl/8"})
+    return connection.getresponse().getheader("Date") or ""
 
 
 def compare_clocks(name: str, date: str, now_wall: float) -> Sequence[Finding]:
@@ -16331,7 +16330,8 @@ def compare_clocks(name: str, date: str, now_wall: float) -> Sequence[Finding]:
 def probe_middle(settings: Settings) -> Sequence[Finding]:
     """What will keep the middle end unusable (config.md 6.5).  Blocks."""
     found, general, network = [], settings.general, settings.network
-    if not any((network.ipv4 and has_route("149.154.167.50"), network.ipv6 and has_route("2001:67c:4e8:f002::a"))):
+    addresses = [ip for enabled, ip in zip((network.ipv4, network.ipv6), DC_TABLE[_DEFAULT_DC], strict=True) if enabled]
+    if not any(map(local_address_towards, addresses)):
         found.append(Finding("network.ipv4", "no usable address family: this machine has no route to Telegram", _NO_MIDDLE,
                              "network.ipv4 = true (or ipv6), and a default route: ip route"))
     why = secret_trouble(general)
@@ -16352,20 +16352,10 @@ def secret_trouble(general: General) -> str:
         return ""
     try:
         answer = fetch_url(general.proxy_secret_url or SECRET_URL, SECRET_BODY_MAX, _PROBE_LIMIT_S)
-        check_secret_size(len(answer.body), limit)
-    except (OSError, ValueError, ImportError, WireError) as error:
+        check_secret_answer(answer.status, answer.body, limit)
+    except (OSError, ValueError, ImportError, TelemtError) as error:
         return describe(error)
-    return "" if 200 <= answer.status <= 299 else f"HTTP {answer.status}"
-
-
-def has_route(ip: str) -> bool:
-    """Whether this machine knows a way to an address; nothing is sent."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.connect((ip, DC_PORT))
-    except OSError:
-        return False
-    return True
+    return ""
 
 
 def probe_mask(settings: Settings) -> Sequence[Finding]:
@@ -16404,23 +16394,11 @@ def _look_up(host: str, port: int, overrides: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(str(row[4][0]) for row in socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)))
 
 
-def _connect(ip: str, port: int) -> socket.socket:
-    """A connected socket with the time limit of probes.  Blocks; raises OSError."""
-    sock = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
-    try:
-        sock.settimeout(_PROBE_LIMIT_S)
-        sock.connect((ip, port))
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
 def _certificate_trouble(domain: str, ip: str, port: int) -> str:
     """What is wrong with the TLS that a server offers for `domain`; empty if nothing is.  Blocks; raises OSError without a connection."""
     import ssl
     context = ssl.create_default_context()
-    with _connect(ip, port) as sock:
+    with connect_blocking(ip, port, _PROBE_LIMIT_S) as sock:
         try:
             with context.wrap_socket(sock, server_hostname=domain) as tls:
                 return "" if tls.version() == "TLSv1.3" else f"speaks {tls.version()} only"

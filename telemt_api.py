@@ -2649,15 +2649,15 @@ class HttpServer(ThreadingHTTPServer):
         if inherited >= 0:
             self.socket.close()
             self.socket = socket.socket(fileno=inherited)
-            self.server_address = self.socket.getsockname()[:2]
-            self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-            return
-        try:
-            self.server_bind()
-            self.server_activate()
-        except OSError:
-            self.server_close()
-            raise
+            self.server_address = self.socket.getsockname()
+        else:
+            try:
+                self.server_bind()
+                self.server_activate()
+            except OSError:
+                self.server_close()
+                raise
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     @property
     def stopped(self) -> bool:
@@ -2669,7 +2669,6 @@ class HttpServer(ThreadingHTTPServer):
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(self.server_address[0] != "::"))
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def serve(self) -> None:
         """Accept until stop().  Not serve_forever, which wakes twice a second."""

@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 
 import doubles
+import telemt
 
 hypothesis.settings.register_profile("dev", max_examples=60, deadline=None)
 hypothesis.settings.register_profile("big", max_examples=3000, deadline=None)
@@ -30,6 +31,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "journeys" in item.path.parts:
             item.add_marker(pytest.mark.journey)
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[tuple[telemt.Level, str]]:
+    """(level, line) of what is logged in this process, from DEBUG up; files that want another level have a fixture of this name."""
+    found: list[tuple[telemt.Level, str]] = []
+    monkeypatch.setattr(telemt.LogBook, "sink", lambda level, target, line: found.append((level, line)))
+    monkeypatch.setattr(telemt.LogBook, "threshold", telemt.Level.DEBUG)
+    return found
 
 
 @pytest.hookimpl(wrapper=True)

@@ -227,9 +227,21 @@ UsePAM no
 PasswordAuthentication no
 PermitRootLogin prohibit-password
 PidFile none
-AllowTcpForwarding local
-PermitOpen 127.0.0.1:* [::1]:*
 """
+
+
+def start_sshd(folder: Path, more: str) -> tuple[Program, int, list[str]]:
+    """An sshd of the test's own with throw-away keys: (server, port, words for ssh and scp).  more: further lines of its configuration."""
+    for name in ("host", "user"):
+        subprocess.run([path_of("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+    port = free_port()
+    (folder / "sshd").mkdir(exist_ok=True)
+    (folder / "sshd_config").write_text(SSHD.format(port=port, folder=folder) + more)
+    with contextlib.suppress(OSError):
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)     # where sshd locks itself in; its package makes it at boot
+    server = Program(folder / "sshd", [path_of("sshd"), "-D", "-e", "-f", str(folder / "sshd_config")], port)
+    return server, port, ["-F", "none", "-i", str(folder / "user"), "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes",
+                          "-o", "StrictHostKeyChecking=no", "-o", f"UserKnownHostsFile={folder}/known"]
 
 
 class SshSocks(Program):
@@ -237,20 +249,11 @@ class SshSocks(Program):
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
-        for name in ("host", "user"):
-            subprocess.run([path_of("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
-        far = free_port()
-        (folder / "sshd").mkdir()
-        (folder / "sshd_config").write_text(SSHD.format(port=far, folder=folder))
-        with contextlib.suppress(OSError):
-            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)     # where sshd locks itself in; its package makes it at boot
-        self.server = Program(folder / "sshd", [path_of("sshd"), "-D", "-e", "-f", str(folder / "sshd_config")], far)
+        self.server, far, options = start_sshd(folder, "AllowTcpForwarding local\nPermitOpen 127.0.0.1:* [::1]:*\n")
         port = free_port()
         try:
             super().__init__(folder, [
-                path_of("ssh"), "-F", "none", "-N", "-D", f"127.0.0.1:{port}", "-p", str(far), "-i", str(folder / "user"),
-                "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no",
-                "-o", f"UserKnownHostsFile={folder}/known", "-o", "ExitOnForwardFailure=yes",
+                path_of("ssh"), *options, "-N", "-D", f"127.0.0.1:{port}", "-p", str(far), "-o", "ExitOnForwardFailure=yes",
                 f"{pwd.getpwuid(os.getuid()).pw_name}@127.0.0.1"], port)
         except BaseException:
             self.server.close()

@@ -7,18 +7,10 @@ import sys
 import pytest
 
 import telemt
-from telemt import HANDED, Heritage, Level, LogBook, Places, Server
+from telemt import HANDED, Heritage, Level, Places, Server
 from tests.cases import BACKEND, SECRET, TestLoop, settings_of
 
 LOCAL = '[censorship]\ntls_emulation = false\n[server]\nport = 0\n[[server.listeners]]\nip = "127.0.0.1"\n'
-
-
-@pytest.fixture
-def logged(monkeypatch):
-    found = []
-    monkeypatch.setattr(LogBook, "sink", lambda level, target, text: found.append((level, text)))
-    monkeypatch.setattr(LogBook, "threshold", Level.DEBUG)
-    return found
 
 
 def listening(host="127.0.0.1", family=socket.AF_INET):

@@ -19,9 +19,9 @@ ALLOWED = set("""
 NEVER_AT_IMPORT = set("""
     ssl ctypes logging asyncio urllib email http concurrent unicodedata encodings.idna multiprocessing
     decimal sqlite3 uuid xml lzma""".split())
-LAZY = NEVER_AT_IMPORT | {"cryptography", "Crypto", "uvloop", "telemt_api", "tomli_w", "_x25519", "crc32c",
+LAZY = NEVER_AT_IMPORT | {"cryptography", "Crypto", "uvloop", "telemt_api", "tomli_w", "_x25519",
                         "termios", "tty"}     # `top`: without them there are no keys
-OPTIONAL = {"cryptography", "Crypto", "uvloop", "tomli_w", "crc32c"}
+OPTIONAL = {"cryptography", "Crypto", "uvloop", "tomli_w"}
 # What python3-light does not carry, as names that cannot be imported.
 MISSING = sorted(NEVER_AT_IMPORT | OPTIONAL | set("""
     _ssl _hashlib _ctypes _asyncio _decimal _pydecimal _uuid _sqlite3 _lzma _multiprocessing pyexpat _elementtree stringprep

@@ -19,14 +19,6 @@ LOCAL = '[censorship]\ntls_emulation = false\n[server]\nport = 0\n[[server.liste
 
 
 @pytest.fixture
-def logged(monkeypatch):
-    found = []
-    monkeypatch.setattr(LogBook, "sink", lambda level, target, text: found.append((level, text)))
-    monkeypatch.setattr(LogBook, "threshold", Level.DEBUG)
-    return found
-
-
-@pytest.fixture
 def make_server():
     made = []
 

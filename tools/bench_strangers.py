@@ -233,7 +233,7 @@ def storms(proxy: Proxy, count: int, seconds: float) -> tuple[Loris, float]:
 
     Python keeps most of what the first one needed (1.7 KB a connection) for the next: an arena of a megabyte goes back to the
     system only when nothing in it is alive, and one replay entry or session that stays is something.  What must not happen is
-    that the next one needs more.  (With PYTHONMALLOC=malloc there are no arenas, and all of it goes back.)
+    that the next one needs more.
     """
     first = measure_loris(proxy, count, min(seconds, 10.0))
     return measure_loris(proxy, count, seconds), first.before

@@ -501,12 +501,12 @@ def check_frames(data: bytes) -> str:
     step = data[-1] % 37 + 1 if data else 1
     whole = read_link([data])
     assert whole == read_link([data[at:at + step] for at in range(0, len(data), step)])
-    return f"{min(len(whole[0]), 4)} {whole[1][:14]}"
+    return f"{min(len(whole[0]), 4)} {whole[1][:6]}"
 
 
-def read_link(chunks: Sequence[bytes]) -> tuple[list[bytes], str]:
-    """(payloads, why there are no more)."""
-    reader, kept, found = telemt.FrameReader(0), bytearray(), list[bytes]()
+def read_link(chunks: Sequence[bytes], seq: int = 0) -> tuple[list[bytes], str]:
+    """(payloads of a decrypted stream that arrives in chunks, why there are no more), kept like a link keeps them."""
+    reader, kept, found = telemt.FrameReader(seq), bytearray(), list[bytes]()
     for chunk in chunks:
         kept += chunk
         view = memoryview(bytes(kept))
@@ -515,7 +515,7 @@ def read_link(chunks: Sequence[bytes]) -> tuple[list[bytes], str]:
         del kept[:at]
         if reader.failed:
             return found, str(reader.failed)
-    return found, f"rest {len(kept) > 0}"
+    return found, f"rest {len(kept)}"
 
 
 ENDS = telemt.LinkEnds("192.0.2.1", 40_000, "203.0.113.9", 8888)

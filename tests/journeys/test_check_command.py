@@ -186,7 +186,7 @@ def test_without_a_secret_the_middle_end_stays_away(tmp_path: Path) -> None:
         config["general"]["proxy_secret_url"] = f"http://127.0.0.1:{busy.port}/secret"
         problems = online(tmp_path, config, "general")
     assert [row["key"] for row in problems] == ["general.proxy_secret_path"]
-    assert "none to be had: HTTP 503" in problems[0]["what"] and "keep the middle end unusable" in problems[0]["why"]
+    assert "none to be had: proxy-secret download HTTP 503" in problems[0]["what"] and "keep the middle end unusable" in problems[0]["why"]
     with Host(says(b"HTTP/1.1 200 OK\r\nContent-Length: 128\r\n\r\n" + b"x" * 128, hang_up=True)) as good:
         config["general"]["proxy_secret_url"] = f"http://127.0.0.1:{good.port}/secret"
         assert online(tmp_path, config, "general") == []

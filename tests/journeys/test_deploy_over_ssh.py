@@ -12,25 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import tomli_w
 
 from doubles import ROOT, USERS, ApiScript, Rig, base_config, clean_env, free_port, poll
-from programs import Program, needs, path_of
+from programs import needs, start_sshd
 
-SSHD = """
-Port {port}
-ListenAddress 127.0.0.1
-HostKey {folder}/host
-AuthorizedKeysFile {folder}/user.pub
-StrictModes no
-UsePAM no
-PasswordAuthentication no
-PermitRootLogin prohibit-password
-PidFile none
-Subsystem sftp internal-sftp
+SSHD = """Subsystem sftp internal-sftp
 SetEnv PATH={folder}/bin:/usr/local/bin:/usr/bin:/bin
 """
 # What systemd does, as far as this tool sees it: ExecStart of the unit, in the background, after the end of the one before.
@@ -52,7 +41,7 @@ class Host:
     def __init__(self, rig: Rig) -> None:
         needs("ssh", "sshd", "scp", "ssh-keygen")
         self.rig, self.folder, self.port, self.api = rig, rig.folder / "host", free_port(), free_port()
-        for name in ("bin", "etc/telemt", "sshd"):
+        for name in ("bin", "etc/telemt"):
             (self.folder / name).mkdir(parents=True)
         config = base_config(self.port, rig.dc.address)
         config["server"]["api"] = {"enabled": True, "listen": f"127.0.0.1:{self.api}"}
@@ -60,18 +49,11 @@ class Host:
         self.config.write_text(tomli_w.dumps(config))
         (self.folder / "bin" / "systemctl").write_text(SYSTEMCTL.format(folder=self.folder))
         (self.folder / "bin" / "systemctl").chmod(0o755)
-        for name in ("host", "user"):
-            subprocess.run([path_of("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / name)], check=True)
         self.notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.notified.bind(str(self.folder / "notify"))
         threading.Thread(target=self._listen, daemon=True).start()
-        ssh_port = free_port()
-        (self.folder / "sshd_config").write_text(SSHD.format(port=ssh_port, folder=self.folder))
-        with contextlib.suppress(OSError):
-            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
-        self.sshd = Program(self.folder / "sshd", [path_of("sshd"), "-D", "-e", "-f", str(self.folder / "sshd_config")], ssh_port)
-        options = (f"-F none -i {self.folder}/user -o IdentitiesOnly=yes -o BatchMode=yes -o StrictHostKeyChecking=no "
-                   f"-o UserKnownHostsFile={self.folder}/known -o LogLevel=ERROR")
+        self.sshd, ssh_port, words = start_sshd(self.folder, SSHD.format(folder=self.folder))
+        options = " ".join([*words, "-o", "LogLevel=ERROR"])
         self.settings = [f"HOST={pwd.getpwuid(os.getuid()).pw_name}@127.0.0.1", f"SSH=ssh -p {ssh_port} {options}",
                          f"SCP=scp -P {ssh_port} {options}", f"PREFIX={self.folder}/prefix", f"UNITDIR={self.folder}/units",
                          f"CONFIG={self.config}", f"PYTHON={sys.executable}", "WAIT=20"]

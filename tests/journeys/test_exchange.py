@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -76,19 +77,13 @@ class Knocking:
 
     @staticmethod
     def _tcp(port: int) -> None:
-        client = Client(port)
-        try:
+        with closing(Client(port)) as client:
             client.start()
-        finally:
-            client.close()
 
     @staticmethod
     def _unix(path: str) -> None:
-        client = Client(0, path=path)
-        try:
+        with closing(Client(0, path=path)) as client:
             client.start()
-        finally:
-            client.close()
 
     @staticmethod
     def _api(port: int) -> None:
