@@ -8,29 +8,33 @@ How to read it.  The file is a book of rooms in the order of dependency: a room 
 `pure` take bytes and return values: no socket, clock, thread or randomness inside.  `grep -n '^# == ' telemt.py` prints the
 contents; tools/house_check.py keeps this map true.
 
-   1  ground      pure  <- -               errors, Reason (one word per way to fail), the log
-   2  settings    pure  <- 1               every configuration key; parsing, normalisation, validation
-   3  crypto      pure  <- 1               AES-256-CTR/CBC of four backends, HMAC with ready pads, X25519 points
-   4  buffer      pure  <- 1               Inbox: bytes of a peer that is not understood yet
-   5  framing     pure  <- 1               abridged, intermediate and padded frames of clients
-   6  obfuscated  pure  <- 1 3             64-byte preambles of clients and for data centres
-   7  faketls     pure  <- 1 3             ClientHello, ServerHello flight, records
-   8  neighbours  pure  <- 1 2             PROXY headers, SOCKS dialogues, STUN messages, addresses that are not public
-   9  rpc         pure  <- 1 2 3 5         links to the middle end: keys, handshake, frames, requests, proxy lists
-  10  stats       pure  <- 1               counters, and the snapshots that other threads look at
-  11  access      pure  <- 1 2 3 6 7 10    users, limits, tickets, replay windows, who is this
-  12  planner     pure  <- 1 2 10          which links to the middle end exist: facts and `now` in, actions out
-  13  loop        io    <- 1               pollers, timers, signals, helper threads
-  14  streams     io    <- 1 3 7 8 13      sockets; Arena and flows: where bytes move
-  15  upstreams   io    <- 1 2 8 10 13 14  data-centre addresses, ways out and their health, connect cycles
-  16  links       io    <- 1-3 9 10 12-15     links to the middle end, their sessions, the lists that name them
-  17  masking     io    <- 1-3 7 8 10 13-15    strangers see the real site; our ServerHello looks like its own
-  18  relay       io    <- 1-3 5 9-11 13 14 16   a session that has both its ends
-  19  session     io    <- 1 2 4 6-18   from accept to a relay
-  20  server      io    <- 1-3 9-19     listeners, places, sweep, links, quotas, reload, the seam to telemt_api.py, exchange at SIGUSR2
-  21  ping        io    <- 1-4 6 7 13 14   a client of our own: through any proxy link to a data centre
-  22  check       io    <- 1-3 9 14-16 20     what an operator would like to know before people complain
-  23  cli         io    <- 1-3 13 14 20-22    arguments, files, log on stdout, process set-up, systemd unit, main()
+   1  ground      pure  <- -                    errors, Reason (one word per way to fail), the log
+   2  settings    pure  <- 1                    every configuration key; parsing, normalisation, validation
+   3  crypto      pure  <- 1                    AES-256-CTR/CBC of four backends, HMAC with ready pads, X25519 points
+   4  buffer      pure  <- 1                    Inbox: bytes of a peer that is not understood yet
+   5  framing     pure  <- 1                    abridged, intermediate and padded frames of clients
+   6  obfuscated  pure  <- 1 3                64-byte preambles of clients and for data centres
+   7  faketls     pure  <- 1 3                  ClientHello, ServerHello flight, records
+   8  neighbours  pure  <- 1 2                  PROXY headers, SOCKS dialogues, STUN messages, addresses that are not public
+   9  rpc         pure  <- 1 2 3 5              links to the middle end: keys, handshake, frames, requests, proxy lists
+  10  stats       pure  <- 1                    counters, and the snapshots that other threads look at
+  11  access      pure  <- 1 2 3 6 7 10         users, limits, tickets, replay windows, who is this
+  12  planner     pure  <- 1 2 10               which links to the middle end exist: facts and `now` in, actions out
+  13  loop        io    <- 1                    pollers, timers, signals, helper threads
+  14  streams     io    <- 1 3 7 8 13           sockets; Arena and flows: where bytes move
+  15  discovery   io    <- 1 2 8 13 14          our own addresses, and what the world sees of them
+  16  upstreams   io    <- 1 2 8 10 13-15       data-centre addresses, ways out and their health, connect cycles
+  17  links       io    <- 1-3 9 10 12-14 16    links to the middle end, their sessions, the lists that name them
+  18  masking     io    <- 1-3 7 8 10 13 14 16  strangers see the real site; our ServerHello looks like its own
+  19  relay       io    <- 1-3 5 9-11 13 14 17  a session that has both its ends
+  20  session     io    <- 1 2 4 6-14 16-19     from accept to a relay
+  21  files       io    <- 1 2 11 13            what lies on disk: the configuration with its includes, used quotas
+  22  server      io    <- 1-3 9-21             listeners, places, sweep, start, drain and stop of all of it
+  23  control     io    <- 1 2 10 11 21 22      links handed out, reload, the seam to telemt_api.py
+  24  handover    io    <- 1 2 13 22 23         at SIGUSR2 a new program takes our place
+  25  ping        io    <- 1-4 6 7 13 14        a client of our own: through any proxy link to a data centre
+  26  check       io    <- 1-3 9 14 16 17 22    what an operator would like to know before people complain
+  27  cli         io    <- 1-3 13 14 21-26      arguments, files, log on stdout, process set-up, systemd unit, main()
 
 The trip of one client.  `Listener` accepts; `Server._on_accept` gives it a place and a `ClientSession`, which sniffs the
 first bytes (`_sniff`).  A ClientHello goes to `Doorman.find_hello`, which tries secrets in the order of
@@ -7336,6 +7340,29 @@ def write_whole(path: str, text: str | bytes, *, replace: bool, mode: int = 0o60
         raise
 
 
+class Gate:
+    """Lets at most `limit` jobs run at a time; the others wait in line."""
+
+    def __init__(self, limit: int) -> None:
+        self._free = limit
+        self._line: collections.deque[Callable[[], None]] = collections.deque()
+
+    def enter(self, job: Callable[[], None]) -> None:
+        """Start `job`, now or when a place is free; whatever it began calls leave() once."""
+        if self._free:
+            self._free -= 1
+            job()
+        else:
+            self._line.append(job)
+
+    def leave(self) -> None:
+        """A job is over."""
+        if self._line:
+            self._line.popleft()()
+        else:
+            self._free += 1
+
+
 log_loop: Final = Log("loop")
 
 
@@ -8840,43 +8867,17 @@ def fetch_url(text: str, limit: int, timeout_s: float, agent: str = "telemt") ->
 log_streams: Final = Log("streams")
 
 
-# == 15. upstreams ===========================================================
-# Which address a data-centre index means, and how to get there.  The index is
-# signed: negative is the media cluster of the same data centre, 203 is the CDN,
-# 10000+n are test centres.  An unknown one goes to the default cluster, but the
-# preamble always carries what the client asked for.  In this order:
+# == 15. discovery ============================================================
+# Our own addresses, and what the world sees of them.  Links to the middle end
+# are keyed with the address that Telegram sees, and tg:// links name it; behind
+# NAT nobody tells us.  So STUN servers are asked by UDP and by TCP, then web
+# sites, then the cache file.  Who needs an answer gets what is known by now.
 #
-#   NetworkView  our own addresses, and what the world sees of them
-#   DcDirectory  index -> Destination
-#   Route        one [[upstreams]] entry: where from, with which credentials, and
-#                what we know about it: healthy or not, latency, families that work
-#   Passage      one attempt: name, TCP and SOCKS dialogue, before one deadline
-#   Cycle        one request for a connection: several Passages, each on a Route
-#                not tried yet while a healthy one is left
-#   Health       checks every route each half minute
-#   Survey       the connectivity table after the start
-#   Upstreams    all of them; connect_dc() and connect() start a Cycle
+#   NetworkView  the addresses, and who is told when one changes
+#   StunRound    all servers at once; two of a kind are believed (Votes)
 #
-# Trap: a way that accepts and never answers costs a whole timeout.  So a silent
-# attempt is not waited for: after a quarter of its time the next route starts
-# beside it, and the first that is through wins.
-# Source: upstream-and-relay.md 2, 7, 12, 13, 16.
+# Source: upstream-and-relay.md 3, 4, 5, D11, D13-D15.
 
-DC_PORT: Final = 443
-DC_TABLE: Final = {
-    1: ("149.154.175.50", "2001:b28:f23d:f001::a"),
-    2: ("149.154.167.51", "2001:67c:4e8:f002::a"),
-    3: ("149.154.175.100", "2001:b28:f23d:f003::a"),
-    4: ("149.154.167.91", "2001:67c:4e8:f004::a"),
-    5: ("149.154.171.5", "2001:b28:f23f:f005::a"),
-}
-_DEFAULT_DC: Final = 2
-_CDN_DC: Final = "203"
-_CDN_V4: Final = ("91.105.192.100:443",)       # what loading fills in (config.md 1.3 step 19)
-_CDN_V6: Final = "[2a0a:f280:203:a:5000::100]:443"
-_UNKNOWN_DCS_MAX: Final = 1024                 # indices remembered and logged per process (upstream-and-relay.md D18)
-_EMA_NEW: Final = 0.3                          # weight of a new latency sample
-_INTERFACE_KEPT_S: Final = 10.0                # addresses of an interface are looked up this often at most
 _STUN_LIMIT_S: Final = 5.0                     # one server, one family
 _STUN_AGAIN_S: Final = 4.0                     # when it is asked a second time: 3 s of patience, 1 s of pause
 _STUN_TCP_LIMIT_S: Final = 3.0                 # to connect, and again to answer
@@ -8888,15 +8889,6 @@ _WISHES_MAX: Final = 16                        # source addresses we keep an eye
 _SITE_LIMIT_S: Final = 3.0
 _SITE_BODY_MAX: Final = 256
 _READERS_WAIT_S: Final = 5.0                   # links are printed after so long at the latest (config.md 8 item 14)
-_SILENT_PART: Final = 4                        # an attempt that took a quarter of its time is silent
-CHECKS: Final = (30.0, 10.0)                   # pause between two checks of a route, limit of one attempt in them; seconds
-QUICK_CHECKS: Final = (1.0, 1.0)               # for tests: TELEMT_PATHS
-_CHECK_SOCKETS: Final = 16                     # at a time, over all routes (D12)
-_GROUPS_NEEDED: Final = 3                      # data centres that a healthy route reaches, or all if there are fewer
-_PING_S: Final = 5.0                           # one attempt of the table after the start
-_PING_SOCKETS: Final = 64
-_RULE: Final = "=" * 60
-
 
 Target: TypeAlias = "tuple[str, int]"          # IP without brackets, port
 
@@ -8919,7 +8911,7 @@ def decide_families(network: Network, detected_v4: str | None, detected_v6: str 
     if not (ipv4 or ipv6):
         ipv4, ipv6 = network.ipv4, network.ipv6
     if network.prefer == 6 and not ipv6:
-        log_upstreams.warn("prefer=6 requested but IPv6 unavailable; falling back to IPv4")
+        log_network.warn("prefer=6 requested but IPv6 unavailable; falling back to IPv4")
     return Families(ipv4, ipv6, network.prefer == 6 and ipv6)
 
 
@@ -8943,31 +8935,6 @@ def parse_host_port(text: str) -> tuple[str, int]:
         raise ValueError(f"not a HOST:PORT: {text!r}")
     return host, port
 
-
-class Gate:
-    """Lets at most `limit` jobs run at a time; the others wait in line."""
-
-    def __init__(self, limit: int) -> None:
-        self._free = limit
-        self._line: collections.deque[Callable[[], None]] = collections.deque()
-
-    def enter(self, job: Callable[[], None]) -> None:
-        """Start `job`, now or when a place is free; whatever it began calls leave() once."""
-        if self._free:
-            self._free -= 1
-            job()
-        else:
-            self._line.append(job)
-
-    def leave(self) -> None:
-        """A job is over."""
-        if self._line:
-            self._line.popleft()()
-        else:
-            self._free += 1
-
-
-# -- discovery: which addresses we have, and which the world sees (3, 4, 5, D11, D13-D15)
 
 Wish: TypeAlias = "tuple[int, str]"            # IP version, source address; empty = the system's choice
 
@@ -9198,7 +9165,7 @@ def ask_sites(urls: Sequence[str], cache_path: str) -> tuple[str, bool] | None:
         try:
             answer = fetch_url(url, _SITE_BODY_MAX, _SITE_LIMIT_S)
         except (OSError, ValueError, LookupError, ImportError) as error:
-            log_upstreams.debug("Public IP site failed", url=url, error=error)
+            log_network.debug("Public IP site failed", url=url, error=error)
             continue
         if answer.status == 200 and (ip := _public_v4(answer.body.decode("latin-1"))):
             return ip, True
@@ -9221,7 +9188,7 @@ def keep_public_ip(path: str, ip: str) -> None:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         write_whole(path, ip + "\n", replace=True, mode=0o644)
     except (OSError, ValueError) as error:
-        log_upstreams.debug("Public IP cache cannot be written", path=ascii(path), error=error)
+        log_network.debug("Public IP cache cannot be written", path=ascii(path), error=error)
 
 
 class NetworkView:
@@ -9296,9 +9263,9 @@ class NetworkView:
                  for version in (4, 6)}
         words = {"ipv4_bogon": self._is_bogon(4), "ipv6_bogon": self._is_bogon(6), "ipv4_me": 4 in order, "ipv6_me": 6 in order,
                  "ipv4_dc": self.families.ipv4, "ipv6_dc": self.families.ipv6}
-        log_upstreams.info("Network capabilities resolved", ipv4=self.local[4] or "-", ipv6=self.local[6] or "-", **shown,
-                           **{name: str(value).lower() for name, value in words.items()},
-                           prefer=6 if self._prefers_v6(6 in order) else 4, multipath=str(self.multipath()).lower())
+        log_network.info("Network capabilities resolved", ipv4=self.local[4] or "-", ipv6=self.local[6] or "-", **shown,
+                         **{name: str(value).lower() for name, value in words.items()},
+                         prefer=6 if self._prefers_v6(6 in order) else 4, multipath=str(self.multipath()).lower())
 
     def row(self) -> dict[str, Any]:
         """What runtime/nat_stun shows (api.md 15.1)."""
@@ -9361,15 +9328,15 @@ class NetworkView:
             StunRound(self.loop, self._names, self.settings, wishes, self._on_stun)
             return
         if self._rounds == 1 and network.stun_use:
-            log_upstreams.warn("STUN probe is enabled but network.stun_servers is empty")
+            log_network.warn("STUN probe is enabled but network.stun_servers is empty")
         elif self._rounds == 1:
-            log_upstreams.info("STUN probe is disabled by network.stun_use=false")
+            log_network.info("STUN probe is disabled by network.stun_use=false")
         self.loop.defer(functools.partial(self._on_stun, {}, []))
 
     def _on_stun(self, found: dict[Wish, Target], live: list[str]) -> None:
         self._live = live
         for address in found.values():
-            log_upstreams.info("STUN-Quorum reached, IP: %s", address[0])
+            log_network.info("STUN-Quorum reached, IP: %s", address[0])
         network = self.settings.network
         if (4, "") in self._asking and (4, "") not in found:
             self.loop.offload(functools.partial(ask_sites, network.http_ip_detect_urls, network.cache_public_ip_path),
@@ -9379,11 +9346,11 @@ class NetworkView:
 
     def _on_sites(self, found: dict[Wish, Target], told: tuple[str, bool] | Exception | None) -> None:
         if isinstance(told, Exception):
-            log_upstreams.debug("Public IP detection failed", error=told)
+            log_network.debug("Public IP detection failed", error=told)
         elif told is not None:
             found[4, ""] = told[0], 0
-            log_upstreams.info("STUN unavailable, using HTTP public IPv4 fallback" if told[1]
-                               else "STUN and HTTP unavailable, using the public IPv4 of the cache file", ip=told[0])
+            log_network.info("STUN unavailable, using HTTP public IPv4 fallback" if told[1]
+                             else "STUN and HTTP unavailable, using the public IPv4 of the cache file", ip=told[0])
         self._end_round(found)
 
     def _end_round(self, found: dict[Wish, Target]) -> None:
@@ -9425,6 +9392,55 @@ class NetworkView:
         readers, self._readers = self._readers, []
         for reader in readers:
             self.loop.call(reader)
+
+
+log_network: Final = Log("network")
+
+
+# == 16. upstreams ===========================================================
+# Which address a data-centre index means, and how to get there.  The index is
+# signed: negative is the media cluster of the same data centre, 203 is the CDN,
+# 10000+n are test centres.  An unknown one goes to the default cluster, but the
+# preamble always carries what the client asked for.  In this order:
+#
+#   DcDirectory  index -> Destination
+#   Route        one [[upstreams]] entry: where from, with which credentials, and
+#                what we know about it: healthy or not, latency, families that work
+#   Passage      one attempt: name, TCP and SOCKS dialogue, before one deadline
+#   Cycle        one request for a connection: several Passages, each on a Route
+#                not tried yet while a healthy one is left
+#   Health       checks every route each half minute
+#   Survey       the connectivity table after the start
+#   Upstreams    all of them; connect_dc() and connect() start a Cycle
+#
+# Trap: a way that accepts and never answers costs a whole timeout.  So a silent
+# attempt is not waited for: after a quarter of its time the next route starts
+# beside it, and the first that is through wins.
+# Source: upstream-and-relay.md 2, 7, 12, 13, 16.
+
+DC_PORT: Final = 443
+DC_TABLE: Final = {
+    1: ("149.154.175.50", "2001:b28:f23d:f001::a"),
+    2: ("149.154.167.51", "2001:67c:4e8:f002::a"),
+    3: ("149.154.175.100", "2001:b28:f23d:f003::a"),
+    4: ("149.154.167.91", "2001:67c:4e8:f004::a"),
+    5: ("149.154.171.5", "2001:b28:f23f:f005::a"),
+}
+_DEFAULT_DC: Final = 2
+_CDN_DC: Final = "203"
+_CDN_V4: Final = ("91.105.192.100:443",)       # what loading fills in (config.md 1.3 step 19)
+_CDN_V6: Final = "[2a0a:f280:203:a:5000::100]:443"
+_UNKNOWN_DCS_MAX: Final = 1024                 # indices remembered and logged per process (upstream-and-relay.md D18)
+_EMA_NEW: Final = 0.3                          # weight of a new latency sample
+_INTERFACE_KEPT_S: Final = 10.0                # addresses of an interface are looked up this often at most
+_SILENT_PART: Final = 4                        # an attempt that took a quarter of its time is silent
+CHECKS: Final = (30.0, 10.0)                   # pause between two checks of a route, limit of one attempt in them; seconds
+QUICK_CHECKS: Final = (1.0, 1.0)               # for tests: TELEMT_PATHS
+_CHECK_SOCKETS: Final = 16                     # at a time, over all routes (D12)
+_GROUPS_NEEDED: Final = 3                      # data centres that a healthy route reaches, or all if there are fewer
+_PING_S: Final = 5.0                           # one attempt of the table after the start
+_PING_SOCKETS: Final = 64
+_RULE: Final = "=" * 60
 
 
 # -- directory: where to
@@ -10356,7 +10372,7 @@ _none_healthy: Final = Throttle(5.0)
 log_upstreams: Final = Log("upstreams")
 
 
-# == 16. links ===============================================================
+# == 17. links ===============================================================
 # Links to the middle end, and who uses them.  Three layers: rpc knows bytes,
 # the planner decides, this room does.
 #
@@ -11681,7 +11697,7 @@ _PHASE_TEXT: Final = "Telegram handshake timeout"
 log_me: Final = Log("middle")
 
 
-# == 17. masking =============================================================
+# == 18. masking =============================================================
 # What a stranger meets: the real site.  Whoever is no client of ours is joined
 # to the mask host with the bytes that were read so far, and from then on sees
 # nothing of us: bytes, ends and resets go over as they come, by the same flows
@@ -12666,7 +12682,7 @@ def write_front_file(directory: str, domain: str, text: str) -> None:
 log_masking: Final = Log("masking")
 
 
-# == 18. relay ===============================================================
+# == 19. relay ===============================================================
 # A session that has both its ends.  It is straight code: two flows of room 14,
 # one handler per socket, and after each chunk the bookkeeping that limits,
 # statistics and the idle rule need.  No state test, no event object, no log
@@ -13285,7 +13301,7 @@ _GONE: Final = frozenset((errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, err
 log_relay: Final = Log("relay")
 
 
-# == 19. session =============================================================
+# == 20. session =============================================================
 # From an accepted socket to a relay.  A state machine, because a client may cut
 # its bytes anywhere and leave at any point:
 #
@@ -14000,7 +14016,324 @@ class Routing:
 log_session: Final = Log("session")
 
 
-# == 20. server ==============================================================
+# == 21. files ================================================================
+# What lies on disk: the configuration with the files it includes, as it was at
+# one moment, and the quotas that were used up.  A file may be written by
+# somebody else while we read it: who reloads waits until two readings agree.
+# Source: config.md 1, 2.11, 8.
+
+# -- configuration files
+
+_CONFIG_MAX: Final = 64 << 20            # bytes of one file: half a million users need less
+_STABLE_S: Final = 0.05                  # two readings so far apart that are alike: the writer is done (config.md 8 item 3)
+_STABLE_READS: Final = 40                # 2 s
+
+
+def read_config_bytes(path: str) -> bytes:
+    """Return what a configuration file holds.  Raises OSError or ConfigError.
+
+    A pipe without a writer or a device without an end would be waited for until the end of days.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    with open(fd, "rb") as file:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            raise ConfigError(f"{path}: not a regular file")
+        data = file.read(min(os.fstat(fd).st_size + 4096, _CONFIG_MAX) + 1)    # the limit alone would be 64 MiB of memory
+    if len(data) > _CONFIG_MAX:
+        raise ConfigError(f"{path}: larger than {_CONFIG_MAX >> 20} MiB")
+    return data
+
+
+def read_config_file(including: str, wanted: str, given: Mapping[str, bytes] | None = None) -> tuple[str, str]:
+    """Return (path, text) of a file named in `including` (empty: the main file).  Raises OSError or ConfigError.
+
+    given: path -> bytes that count instead of what is on disk.
+    """
+    path = os.path.join(os.path.dirname(including), wanted) if including else wanted
+    data = given[path] if given and path in given else read_config_bytes(path)
+    try:
+        return path, data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid UTF-8 at byte {error.start}") from None
+
+
+class Reading(NamedTuple):
+    """Main file and includes as they were at one moment."""
+
+    files: dict[str, bytes]                  # path -> content, main file first
+    marks: dict[str, tuple[int, ...]]        # path -> what stat said before it was read; () = nothing
+    text: str                                # includes in place; empty after an error
+    error: OSError | ConfigError | None
+
+    def digest(self) -> bytes:
+        """Tells two contents apart."""
+        return digest_files(self.files)
+
+
+def digest_files(files: Mapping[str, bytes]) -> bytes:
+    """SHA-256 over names and contents."""
+    total = hashlib.sha256()
+    for path, data in files.items():
+        total.update(f"{path}\0{len(data)}\0".encode(errors="surrogateescape"))
+        total.update(data)
+    return total.digest()
+
+
+def stat_mark(path: str) -> tuple[int, ...]:
+    """Device, inode, time of change and size of a file, behind symlinks; () if there is none."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return ()
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def read_config(path: str) -> Reading:
+    """Read a main file and its includes, each once."""
+    files: dict[str, bytes] = {}
+    marks: dict[str, tuple[int, ...]] = {}
+
+    def read(including: str, wanted: str) -> tuple[str, str]:
+        name = os.path.join(os.path.dirname(including), wanted) if including else wanted
+        if name not in files:
+            marks[name] = stat_mark(name)
+            files[name] = read_config_bytes(name)
+        return read_config_file(including, wanted, files)
+
+    try:
+        text, _included = expand_includes(read("", path)[1], path, read)
+    except (OSError, ConfigError) as error:
+        return Reading(files, marks, "", error)
+    return Reading(files, marks, text, None)
+
+
+def load_config(path: str) -> Loaded:
+    """Return the configuration of a file with its includes.  Raises OSError or ConfigError."""
+    return load_reading(read_config(path))
+
+
+def load_reading(reading: Reading) -> Loaded:
+    """Return what was read means.  Raises OSError or ConfigError."""
+    if reading.error is not None:
+        raise reading.error
+    return parse_settings(parse_document(reading.text), _draws)
+
+
+def read_stable(path: str, sleep: Callable[[float], None]) -> Reading:
+    """Read until two readings 50 ms apart are alike: nobody is writing any more.  Gives up with an error after 2 s."""
+    before = read_config(path)
+    for _ in range(_STABLE_READS):
+        sleep(_STABLE_S)
+        now = read_config(path)
+        if (now.files, str(now.error)) == (before.files, str(before.error)):
+            return now
+        before = now
+    return Reading({}, dict.fromkeys(before.marks, ()), "", ConfigError("the file keeps changing"))       # no marks: look again
+
+
+_draws: Final = Draws(lambda: 1024 + int(draw_fraction() * 3072))
+
+
+# -- quota state (config.md 2.11)
+
+_QUOTA_FLUSH_S: Final = 60.0             # what a crash may lose
+_QUOTA_FILE_MAX: Final = 64 << 20        # bytes; a hundred per user
+_QUOTA_CLOSE_S: Final = 1.5              # the last write waits so long for the one before it
+
+Usage: TypeAlias = "tuple[str, int, int]"         # user, used octets, unix seconds of the last reset
+
+
+def parse_quota_state(data: bytes) -> dict[str, tuple[int, int]]:
+    """Return user -> (used octets, unix seconds of the last reset).  Raises ValueError for what is not of this form."""
+    import json
+    try:
+        users = json.loads(data)["users"]
+        found = {name: (entry.get("used_bytes", 0), entry.get("last_reset_epoch_secs", 0)) for name, entry in users.items()}
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"no quota state: {error!r}") from None
+    for pair in found.values():
+        for number in pair:
+            if type(number) is not int or not 0 <= number < 1 << 64:
+                raise ValueError("a number is no count")
+    return found
+
+
+def render_quota_state(usage: Iterable[Usage]) -> bytes:
+    """The file for these users; who used nothing and was never reset is left out."""
+    import json
+    users = {name: {"used_bytes": used, "last_reset_epoch_secs": reset} for name, used, reset in sorted(usage) if used or reset}
+    last = max((entry["last_reset_epoch_secs"] for entry in users.values()), default=0)
+    return (json.dumps({"last_reset_epoch_secs": last, "users": users}, indent=2, ensure_ascii=False) + "\n").encode(errors="replace")
+
+
+def write_quota_file(path: str, data: bytes) -> None:
+    """Put the state at `path` in one step, readable by its owner only; a symlink there is replaced.  Raises OSError."""
+    directory, name = os.path.split(path)
+    os.makedirs(directory, exist_ok=True)
+    draft = os.path.join(directory, f".{name}.tmp-{int.from_bytes(os.urandom(8), 'big')}")
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "wb", buffering=0) as file:
+            view = memoryview(data)
+            while view:
+                view = view[file.write(view):]
+            os.fsync(fd)
+        os.replace(draft, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+        raise
+    with contextlib.suppress(OSError):                     # some file systems cannot
+        directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory_fd)
+        finally:
+            os.close(directory_fd)
+
+
+class QuotaState:
+    """Keeps used octets over a restart, where a file is configured.
+
+    Nothing counts here: a relay that moves the first byte since the last write comes by (`User.mark`), and 60 s later the
+    numbers are taken and written by a helper thread.  So at rest no timer runs, and no chunk pays for it.
+    """
+
+    def __init__(self, loop: Loop, users: UserTable, path: str | None) -> None:
+        self.loop, self.users = loop, users
+        self.path = os.path.abspath(path) if path else None
+        self._timer: Timer | None = None
+        self._writing = False
+        self._warned = False
+        self._taken = self._written = 0                    # numbers of snapshots: an older one never replaces a newer
+        if path:
+            import threading
+            self._lock = threading.Lock()
+
+    def load(self) -> None:
+        """Give the users what they had used; before the first of them comes in."""
+        if self.path is None:
+            return
+        try:
+            data = self._read(self.path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            log_files.warn("Failed to read quota state file", path=self.path, error=f"{error.strerror} (os error {error.errno})")
+            return
+        try:
+            found = parse_quota_state(data)
+        except ValueError as error:
+            log_files.warn("Failed to parse quota state file", path=self.path, error=error)
+            with contextlib.suppress(OSError):
+                os.replace(self.path, f"{self.path}.bad")
+            return
+        known = [user for user in self.users if user.name in found]
+        for user in known:
+            user.used, user.reset_wall = found[user.name]
+        log_files.info("Loaded per-user quota state", path=self.path, loaded_users=len(known))
+
+    def touch(self) -> None:
+        """Something is not written yet."""
+        if self.path is not None and self._timer is None:
+            self._timer = self.loop.call_later(_QUOTA_FLUSH_S, self._on_timer)
+
+    def reset(self, user: User) -> Callable[[], None]:
+        """Set the used octets of a user to 0; returns what writes that down, for another thread.  It raises OSError."""
+        user.used, user.reset_wall = 0, int(time.time())
+        if self.path is None:
+            return lambda: None
+        save = self._take()
+
+        def write() -> None:
+            try:
+                save()
+            except OSError:
+                self.loop.call_from_thread(self.touch)     # the reset is in force: try again
+                raise
+        return write
+
+    def write_down(self) -> Callable[[], None]:
+        """Note the numbers of this moment; returns what writes them, if they are not written yet, for another thread.
+
+        It raises OSError.
+        """
+        return self._take() if self.path is not None and (self._timer is not None or self._writing) else lambda: None
+
+    def retire(self) -> None:
+        """Write no more: the file is another's."""
+        self.path = None
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def close(self) -> None:
+        """Write what is not written yet; the loop has ended."""
+        if self.path is not None and (self._timer is not None or self._writing):
+            try:
+                self._take()()
+            except OSError as error:
+                self._complain(error)
+
+    def _read(self, path: str) -> bytes:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            data = file.read(_QUOTA_FILE_MAX + 1)
+        if len(data) > _QUOTA_FILE_MAX:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        return data
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        if self._writing:                                  # the disk is that slow
+            self.touch()
+            return
+        self._writing = True
+        self.loop.offload(self._take(), self._on_written)
+
+    def _take(self) -> Callable[[], None]:
+        """Note the numbers of this moment; returns what writes them, for any thread.  It raises OSError."""
+        assert self.path is not None
+        path, self._taken = self.path, self._taken + 1
+        number, usage = self._taken, [(user.name, user.used, user.reset_wall) for user in self.users]
+        for user in self.users:
+            user.mark = 0                                  # the next byte is news
+
+        def save() -> None:
+            if not self._lock.acquire(timeout=_QUOTA_CLOSE_S):
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            try:
+                if number > self._written:
+                    write_quota_file(path, render_quota_state(usage))
+                    self._written = number
+            finally:
+                self._lock.release()
+        return save
+
+    def _on_written(self, result: Exception | None) -> None:
+        self._writing = False
+        if isinstance(result, OSError):
+            self._complain(result)
+            self.touch()
+        elif result is not None:
+            raise result
+        else:
+            self._warned = False
+
+    def _complain(self, error: OSError) -> None:
+        """Once until a write succeeds again; limits go on working in memory."""
+        if not self._warned:
+            log_files.warn("Failed to write quota state file", path=self.path, error=f"{error.strerror} (os error {error.errno})")
+        self._warned = True
+
+
+log_files: Final = Log("server")
+
+
+# == 22. server ==============================================================
 # Owner of everything that outlives a connection: listeners, places, the sweep
 # over relays, and the orderly stop.
 
@@ -14179,6 +14512,12 @@ class Sweep:
             self._arm(min(map(self._due_at, self.relays)))
 
 
+class TakeListening(Protocol):
+    """Where the program before us may have left listening sockets (Heritage, room handover)."""
+
+    def __call__(self, kind: str, host: str, port: int = -1) -> socket.socket | None: ...
+
+
 class Server:
     """The running proxy.  Everything here happens on the loop thread."""
 
@@ -14211,7 +14550,7 @@ class Server:
         self.quotas = QuotaState(loop, self.doorman.users, settings.general.quota_state_path)
         self.answers = AnswerBudget(memory_size())
         self.desyncs = DesyncLog(self.counters.me)
-        self.heritage = Heritage({}, 0)
+        self.handed: TakeListening = lambda kind, host, port=-1: None
         self._middle_started = False
         self.pool: Pool | None = None
         self.directory: Directory | None = None
@@ -14255,7 +14594,7 @@ class Server:
                 log_server.warn("Skipping IPv%d listener: IPv%d disabled by [network]", family, family, addr=ip)
                 continue
             try:
-                sock = self.heritage.take("clients", ip, port) or bind_tcp(ip, port, entry.reuse_allow)
+                sock = self.handed("clients", ip, port) or bind_tcp(ip, port, entry.reuse_allow)
             except OSError as error:
                 report_bind_failure(ip, port, entry.reuse_allow, error)
                 continue
@@ -14352,7 +14691,7 @@ class Server:
         path, mode = self.settings.server.listen_unix_sock, self.settings.server.listen_unix_sock_perm
         if not path:
             return
-        sock = self.heritage.take("clients", path) or bind_unix(path)
+        sock = self.handed("clients", path) or bind_unix(path)
         note = set_unix_mode(path, mode) if mode is not None else ""
         sock.listen(1024)                      # nobody comes in before the mode is set
         self.places.listeners.append(Listener(self.loop, sock, self._on_unix_accept, self.places.spare))
@@ -14517,120 +14856,13 @@ def _holds(pid: str, inodes: set[str]) -> bool:
     return False
 
 
-# -- configuration files
-
-_CONFIG_MAX: Final = 64 << 20            # bytes of one file: half a million users need less
-_STABLE_S: Final = 0.05                  # two readings so far apart that are alike: the writer is done (config.md 8 item 3)
-_STABLE_READS: Final = 40                # 2 s
+log_server: Final = Log("server")
 
 
-def read_config_bytes(path: str) -> bytes:
-    """Return what a configuration file holds.  Raises OSError or ConfigError.
-
-    A pipe without a writer or a device without an end would be waited for until the end of days.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    with open(fd, "rb") as file:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not stat.S_ISREG(mode):
-            raise ConfigError(f"{path}: not a regular file")
-        data = file.read(min(os.fstat(fd).st_size + 4096, _CONFIG_MAX) + 1)    # the limit alone would be 64 MiB of memory
-    if len(data) > _CONFIG_MAX:
-        raise ConfigError(f"{path}: larger than {_CONFIG_MAX >> 20} MiB")
-    return data
-
-
-def read_config_file(including: str, wanted: str, given: Mapping[str, bytes] | None = None) -> tuple[str, str]:
-    """Return (path, text) of a file named in `including` (empty: the main file).  Raises OSError or ConfigError.
-
-    given: path -> bytes that count instead of what is on disk.
-    """
-    path = os.path.join(os.path.dirname(including), wanted) if including else wanted
-    data = given[path] if given and path in given else read_config_bytes(path)
-    try:
-        return path, data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not valid UTF-8 at byte {error.start}") from None
-
-
-class Reading(NamedTuple):
-    """Main file and includes as they were at one moment."""
-
-    files: dict[str, bytes]                  # path -> content, main file first
-    marks: dict[str, tuple[int, ...]]        # path -> what stat said before it was read; () = nothing
-    text: str                                # includes in place; empty after an error
-    error: OSError | ConfigError | None
-
-    def digest(self) -> bytes:
-        """Tells two contents apart."""
-        return digest_files(self.files)
-
-
-def digest_files(files: Mapping[str, bytes]) -> bytes:
-    """SHA-256 over names and contents."""
-    total = hashlib.sha256()
-    for path, data in files.items():
-        total.update(f"{path}\0{len(data)}\0".encode(errors="surrogateescape"))
-        total.update(data)
-    return total.digest()
-
-
-def stat_mark(path: str) -> tuple[int, ...]:
-    """Device, inode, time of change and size of a file, behind symlinks; () if there is none."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):
-        return ()
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
-
-
-def read_config(path: str) -> Reading:
-    """Read a main file and its includes, each once."""
-    files: dict[str, bytes] = {}
-    marks: dict[str, tuple[int, ...]] = {}
-
-    def read(including: str, wanted: str) -> tuple[str, str]:
-        name = os.path.join(os.path.dirname(including), wanted) if including else wanted
-        if name not in files:
-            marks[name] = stat_mark(name)
-            files[name] = read_config_bytes(name)
-        return read_config_file(including, wanted, files)
-
-    try:
-        text, _included = expand_includes(read("", path)[1], path, read)
-    except (OSError, ConfigError) as error:
-        return Reading(files, marks, "", error)
-    return Reading(files, marks, text, None)
-
-
-def load_config(path: str) -> Loaded:
-    """Return the configuration of a file with its includes.  Raises OSError or ConfigError."""
-    return load_reading(read_config(path))
-
-
-def load_reading(reading: Reading) -> Loaded:
-    """Return what was read means.  Raises OSError or ConfigError."""
-    if reading.error is not None:
-        raise reading.error
-    return parse_settings(parse_document(reading.text), _draws)
-
-
-def read_stable(path: str, sleep: Callable[[float], None]) -> Reading:
-    """Read until two readings 50 ms apart are alike: nobody is writing any more.  Gives up with an error after 2 s."""
-    before = read_config(path)
-    for _ in range(_STABLE_READS):
-        sleep(_STABLE_S)
-        now = read_config(path)
-        if (now.files, str(now.error)) == (before.files, str(before.error)):
-            return now
-        before = now
-    return Reading({}, dict.fromkeys(before.marks, ()), "", ConfigError("the file keeps changing"))       # no marks: look again
-
-
-_draws: Final = Draws(lambda: 1024 + int(draw_fraction() * 3072))
-
+# == 23. control ==============================================================
+# Steering a running proxy: the links it hands out, a changed configuration put
+# in force, and the one door through which telemt_api.py sees the data plane.
+# Source: config.md 4, 5.4, 8; api.md 10.
 
 # -- links (config.md 5.4, api.md 10)
 
@@ -14749,197 +14981,18 @@ def print_new_user(server: Server, name: str) -> None:
     log_links.info("--------------------")
 
 
-# -- quota state (config.md 2.11)
+# -- systemd
 
-_QUOTA_FLUSH_S: Final = 60.0             # what a crash may lose
-_QUOTA_FILE_MAX: Final = 64 << 20        # bytes; a hundred per user
-_QUOTA_CLOSE_S: Final = 1.5              # the last write waits so long for the one before it
-
-Usage: TypeAlias = "tuple[str, int, int]"         # user, used octets, unix seconds of the last reset
-
-
-def parse_quota_state(data: bytes) -> dict[str, tuple[int, int]]:
-    """Return user -> (used octets, unix seconds of the last reset).  Raises ValueError for what is not of this form."""
-    import json
-    try:
-        users = json.loads(data)["users"]
-        found = {name: (entry.get("used_bytes", 0), entry.get("last_reset_epoch_secs", 0)) for name, entry in users.items()}
-    except (AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"no quota state: {error!r}") from None
-    for pair in found.values():
-        for number in pair:
-            if type(number) is not int or not 0 <= number < 1 << 64:
-                raise ValueError("a number is no count")
-    return found
-
-
-def render_quota_state(usage: Iterable[Usage]) -> bytes:
-    """The file for these users; who used nothing and was never reset is left out."""
-    import json
-    users = {name: {"used_bytes": used, "last_reset_epoch_secs": reset} for name, used, reset in sorted(usage) if used or reset}
-    last = max((entry["last_reset_epoch_secs"] for entry in users.values()), default=0)
-    return (json.dumps({"last_reset_epoch_secs": last, "users": users}, indent=2, ensure_ascii=False) + "\n").encode(errors="replace")
-
-
-def write_quota_file(path: str, data: bytes) -> None:
-    """Put the state at `path` in one step, readable by its owner only; a symlink there is replaced.  Raises OSError."""
-    directory, name = os.path.split(path)
-    os.makedirs(directory, exist_ok=True)
-    draft = os.path.join(directory, f".{name}.tmp-{int.from_bytes(os.urandom(8), 'big')}")
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        with open(fd, "wb", buffering=0) as file:
-            view = memoryview(data)
-            while view:
-                view = view[file.write(view):]
-            os.fsync(fd)
-        os.replace(draft, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(draft)
-        raise
-    with contextlib.suppress(OSError):                     # some file systems cannot
-        directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory_fd)
-        finally:
-            os.close(directory_fd)
-
-
-class QuotaState:
-    """Keeps used octets over a restart, where a file is configured.
-
-    Nothing counts here: a relay that moves the first byte since the last write comes by (`User.mark`), and 60 s later the
-    numbers are taken and written by a helper thread.  So at rest no timer runs, and no chunk pays for it.
-    """
-
-    def __init__(self, loop: Loop, users: UserTable, path: str | None) -> None:
-        self.loop, self.users = loop, users
-        self.path = os.path.abspath(path) if path else None
-        self._timer: Timer | None = None
-        self._writing = False
-        self._warned = False
-        self._taken = self._written = 0                    # numbers of snapshots: an older one never replaces a newer
-        if path:
-            import threading
-            self._lock = threading.Lock()
-
-    def load(self) -> None:
-        """Give the users what they had used; before the first of them comes in."""
-        if self.path is None:
-            return
-        try:
-            data = self._read(self.path)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            log_server.warn("Failed to read quota state file", path=self.path, error=f"{error.strerror} (os error {error.errno})")
-            return
-        try:
-            found = parse_quota_state(data)
-        except ValueError as error:
-            log_server.warn("Failed to parse quota state file", path=self.path, error=error)
-            with contextlib.suppress(OSError):
-                os.replace(self.path, f"{self.path}.bad")
-            return
-        known = [user for user in self.users if user.name in found]
-        for user in known:
-            user.used, user.reset_wall = found[user.name]
-        log_server.info("Loaded per-user quota state", path=self.path, loaded_users=len(known))
-
-    def touch(self) -> None:
-        """Something is not written yet."""
-        if self.path is not None and self._timer is None:
-            self._timer = self.loop.call_later(_QUOTA_FLUSH_S, self._on_timer)
-
-    def reset(self, user: User) -> Callable[[], None]:
-        """Set the used octets of a user to 0; returns what writes that down, for another thread.  It raises OSError."""
-        user.used, user.reset_wall = 0, int(time.time())
-        if self.path is None:
-            return lambda: None
-        save = self._take()
-
-        def write() -> None:
-            try:
-                save()
-            except OSError:
-                self.loop.call_from_thread(self.touch)     # the reset is in force: try again
-                raise
-        return write
-
-    def write_down(self) -> Callable[[], None]:
-        """Note the numbers of this moment; returns what writes them, if they are not written yet, for another thread.
-
-        It raises OSError.
-        """
-        return self._take() if self.path is not None and (self._timer is not None or self._writing) else lambda: None
-
-    def retire(self) -> None:
-        """Write no more: the file is another's."""
-        self.path = None
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def close(self) -> None:
-        """Write what is not written yet; the loop has ended."""
-        if self.path is not None and (self._timer is not None or self._writing):
-            try:
-                self._take()()
-            except OSError as error:
-                self._complain(error)
-
-    def _read(self, path: str) -> bytes:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise OSError(errno.EINVAL, "not a regular file")
-            data = file.read(_QUOTA_FILE_MAX + 1)
-        if len(data) > _QUOTA_FILE_MAX:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        return data
-
-    def _on_timer(self) -> None:
-        self._timer = None
-        if self._writing:                                  # the disk is that slow
-            self.touch()
-            return
-        self._writing = True
-        self.loop.offload(self._take(), self._on_written)
-
-    def _take(self) -> Callable[[], None]:
-        """Note the numbers of this moment; returns what writes them, for any thread.  It raises OSError."""
-        assert self.path is not None
-        path, self._taken = self.path, self._taken + 1
-        number, usage = self._taken, [(user.name, user.used, user.reset_wall) for user in self.users]
-        for user in self.users:
-            user.mark = 0                                  # the next byte is news
-
-        def save() -> None:
-            if not self._lock.acquire(timeout=_QUOTA_CLOSE_S):
-                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-            try:
-                if number > self._written:
-                    write_quota_file(path, render_quota_state(usage))
-                    self._written = number
-            finally:
-                self._lock.release()
-        return save
-
-    def _on_written(self, result: Exception | None) -> None:
-        self._writing = False
-        if isinstance(result, OSError):
-            self._complain(result)
-            self.touch()
-        elif result is not None:
-            raise result
-        else:
-            self._warned = False
-
-    def _complain(self, error: OSError) -> None:
-        """Once until a write succeeds again; limits go on working in memory."""
-        if not self._warned:
-            log_server.warn("Failed to write quota state file", path=self.path, error=f"{error.strerror} (os error {error.errno})")
-        self._warned = True
+def tell_manager(text: str, timed: bool = False) -> None:
+    """Tell systemd how we are, if it wants to know (sd_notify(3)).  timed: with the time, as RELOADING wants it."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path:
+        return
+    if timed:
+        text += f"\nMONOTONIC_USEC={time.monotonic_ns() // 1000}"
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.setblocking(False)
+        sock.sendto(text.encode(), f"\0{path[1:]}" if path[0] == "@" else path)
 
 
 # -- reload (config.md 4, 8 items 1-5)
@@ -15124,7 +15177,7 @@ class Control:
 
     def inherited(self, host: str, port: int) -> int:
         """Descriptor of the listening socket of this address that the program before us handed over, ours from now on; -1: none."""
-        sock = self._server.heritage.take("control", host, port)
+        sock = self._server.handed("control", host, port)
         return -1 if sock is None else sock.detach()
 
     def listens(self, fd: int) -> None:
@@ -15233,10 +15286,14 @@ class Control:
                 for link in user_links(settings, secret, _escape_host(host), self._server.port if port is None else port)]
 
 
-# -- exchange of programs: SIGUSR2
-#
-# A new program, read from disk at that moment, takes over our listening sockets.  They are never closed, both programs hold the
-# same ones: while neither accepts, who connects waits in the kernel's queue.  The two talk over a pair of sockets, a word a line:
+log_reload: Final = Log("config")
+log_links: Final = Log("links")
+
+
+# == 24. handover =============================================================
+# At SIGUSR2 a new program takes our place.  It is read from disk at that moment and gets our listening sockets.  They are never
+# closed, both programs hold the same ones: while neither accepts, who connects waits in the kernel's queue.  The two talk over a
+# pair of sockets, a word a line:
 #
 #   new  ready       the configuration is read, all sockets are there, the first link to the middle end stands
 #   old  clients     nobody is accepted here any more, and what has to be kept is on disk
@@ -15279,18 +15336,6 @@ for line in open(lifeline):
         code = int(number)
 os._exit(code)
 """
-
-
-def tell_manager(text: str, timed: bool = False) -> None:
-    """Tell systemd how we are, if it wants to know (sd_notify(3)).  timed: with the time, as RELOADING wants it."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if not path:
-        return
-    if timed:
-        text += f"\nMONOTONIC_USEC={time.monotonic_ns() // 1000}"
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.setblocking(False)
-        sock.sendto(text.encode(), f"\0{path[1:]}" if path[0] == "@" else path)
 
 
 class Heritage:
@@ -15459,11 +15504,12 @@ class Heir:
 class Exchange:
     """Replaces this program by a new one on the same sockets, at SIGUSR2."""
 
-    def __init__(self, server: Server, reloader: Reloader, control: Control, command: Sequence[str], cwd: str) -> None:
+    def __init__(self, server: Server, reloader: Reloader, control: Control, command: Sequence[str], cwd: str,
+                 life: int) -> None:
         """command: what starts the program, interpreter first, then its argv.  cwd: where its arguments count from, if not here."""
         self.server, self.reloader, self.control, self.command, self._cwd = server, reloader, control, command, cwd
         self.stop_control: Callable[[bool], None] = lambda handed_on: None
-        self.life = server.heritage.life       # we tell our caretaker about our heir; -1: nobody takes care of us
+        self.life = life                       # we tell our caretaker about our heir; -1: nobody takes care of us
         self._lifeline = -1                    # we are the caretaker to be: what our heirs tell us
         self.successor = 0                     # process that accepts now, 0 = we do
         self._heir: Heir | None = None
@@ -15629,12 +15675,9 @@ def drain_limit() -> int:
 
 
 log_exchange: Final = Log("exchange")
-log_server: Final = Log("server")
-log_reload: Final = Log("config")
-log_links: Final = Log("links")
 
 
-# == 21. ping ================================================================
+# == 25. ping ================================================================
 # A client of our own: through any MTProto proxy link to a data centre and back,
 # with the time of every step.  It is what `ping` and `healthcheck` run.
 #
@@ -16044,7 +16087,7 @@ def draw_pong(pong: Pong) -> str:
     return f"{row}{'failed':>10}\n      at {pong.step}: {pong.reason}" if pong.step else row + cell(pong.total_s)
 
 
-# == 22. check ===============================================================
+# == 26. check ===============================================================
 # What an operator would like to know before people complain: findings, each
 # with what is wrong, why it matters, and the line or command that cures it.
 # First what the configuration says by itself, then what this machine says, then
@@ -16414,7 +16457,7 @@ def draw_finding(finding: Finding) -> list[str]:
     return lines + [f"        {word}: {text}" for word, text in (("why", finding.why), ("do", finding.cure)) if text]
 
 
-# == 23. cli =================================================================
+# == 27. cli =================================================================
 # Arguments, files, the log on stdout, process set-up, exit codes.
 # Source: config.md 5, 6 and 8 items 13-20; platform.md 4.
 
@@ -16996,12 +17039,12 @@ def serve(loaded: Loaded, reading: Reading, arguments: Arguments, heritage: Heri
         hash_with_openssl()
     name_process()
     server = Server(settings, loop, backend, raise_fd_limit(), os.environ.get("TELEMT_PATHS", "").split(","))
-    server.heritage = heritage
+    server.handed = heritage.take
     print_facts(server)
     for text in missing_parts(settings, loop.poller):
         log_cli.warn("%s", text)
     reloader = Reloader(server, loaded, reading, arguments.config, functools.partial(hot_level, arguments.level))
-    exchange = Exchange(server, reloader, Control(server, reloader), own_command(cwd), cwd)
+    exchange = Exchange(server, reloader, Control(server, reloader), own_command(cwd), cwd, heritage.life)
     if not heritage.replaces:
         server.quotas.load()
         start_control_plane(exchange)

@@ -12,6 +12,8 @@ import telemt
 
 VECTORS = Path(__file__).parent / "vectors"
 SECRET = "000102030405060708090a0b0c0d0e0f"
+OTHER = "f0e1d2c3b4a5968778695a4b3c2d1e0f"
+LOCAL = '[censorship]\ntls_emulation = false\n[server]\nport = 0\n[[server.listeners]]\nip = "127.0.0.1"\n'
 
 
 def load_vector(name):

@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 import random
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -12,6 +12,7 @@ import pytest
 
 import doubles
 import telemt
+from tests.cases import BACKEND, LOCAL, TestLoop, settings_of
 
 hypothesis.settings.register_profile("dev", max_examples=60, deadline=None)
 hypothesis.settings.register_profile("big", max_examples=3000, deadline=None)
@@ -56,6 +57,28 @@ def rng() -> random.Random:
     seed = int(os.environ.get("TELEMT_SEED") or random.SystemRandom().randrange(1 << 32))
     print(f"TELEMT_SEED={seed}")
     return random.Random(seed)
+
+
+@pytest.fixture
+def make_server() -> Iterator[Callable[..., telemt.Server]]:
+    """Makes servers whose clock is the test's; each has to leave nothing behind in its loop."""
+    made: list[telemt.Server] = []
+
+    def make(text: str = LOCAL, fd_limit: int = 4096) -> telemt.Server:
+        made.append(telemt.Server(settings_of(text), TestLoop(), BACKEND, fd_limit))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.stop()
+        server.loop.turn(2)
+        server.loop.turn(2)
+        assert not server.sweep.relays or server.loop._stopped
+        for owner in list(server.places.owners):
+            owner.close(None)
+        server.loop.turn()
+        assert set(server.loop.handlers) == {server.loop.mailbox.fd}
+        server.loop.dispose()
 
 
 @pytest.fixture

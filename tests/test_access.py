@@ -7,9 +7,8 @@ import pytest
 import telemt
 from telemt import (ClientHello, Doorman, Effort, KeyedHmac, Reason, ReplayWindow, Transport, UserTable, WireError, admit,
                     parse_client_hello, without_random)
-from tests.cases import SECRET, load_vector, settings_of
+from tests.cases import OTHER, SECRET, load_vector, settings_of
 
-OTHER = "f0e1d2c3b4a5968778695a4b3c2d1e0f"
 BACKEND = telemt.pick_backend()
 
 

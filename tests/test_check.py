@@ -1,4 +1,4 @@
-"""Room check: what a configuration says by itself, and the probes run side by side; the rest is in journeys/test_check_command.py."""
+"""Room 26: what a configuration says by itself, and the probes run side by side; the rest is in journeys/test_check_command.py."""
 from __future__ import annotations
 
 import datetime

@@ -1,4 +1,4 @@
-"""Room 21: arguments, log layout, levels, files, --init."""
+"""Room 27: arguments, log layout, levels, files, --init."""
 import os
 import re
 import shutil

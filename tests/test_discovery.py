@@ -1,4 +1,4 @@
-"""Room 15, discovery: what STUN servers, web sites and the cache file say about our address, and who is believed."""
+"""Room 15: what STUN servers, web sites and the cache file say about our address, and who is believed."""
 import contextlib
 import http.server
 import socket

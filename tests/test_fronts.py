@@ -1,4 +1,4 @@
-"""Room 17, fronts: probes, the schedule of fetches, files, key shares.  The mask host is a socket in the test's hand, the clock too."""
+"""Room 18, fronts: probes, the schedule of fetches, files, key shares.  The mask host is a socket in the test's hand, the clock too."""
 import functools
 import json
 import os

@@ -1,4 +1,4 @@
-"""Room 20: what is handed from program to program, and what the one that drains leaves alone.  The whole: journeys/test_exchange.py."""
+"""Room 24: what is handed from program to program, and what the one that drains leaves alone.  The whole: journeys/test_exchange.py."""
 import os
 import signal
 import socket
@@ -8,9 +8,7 @@ import pytest
 
 import telemt
 from telemt import HANDED, Heritage, Level, Places, Server
-from tests.cases import BACKEND, SECRET, TestLoop, settings_of
-
-LOCAL = '[censorship]\ntls_emulation = false\n[server]\nport = 0\n[[server.listeners]]\nip = "127.0.0.1"\n'
+from tests.cases import BACKEND, LOCAL, SECRET, TestLoop, settings_of
 
 
 def listening(host="127.0.0.1", family=socket.AF_INET):
@@ -82,7 +80,7 @@ def test_a_server_accepts_at_what_it_inherited():
     port = old.getsockname()[1]
     caller = socket.create_connection(old.getsockname())                 # came while nobody accepted
     server = Server(settings_of(LOCAL.replace("port = 0", f"port = {port}")), TestLoop(), BACKEND, 4096)
-    server.heritage = inherit(clients=[old])
+    server.handed = inherit(clients=[old]).take
     assert [found for _, found in server.open_listeners()] == [port]
     server.accept()
     server.loop.settle()
@@ -207,7 +205,7 @@ def test_a_program_that_cannot_be_started_leaves_nothing_open(monkeypatch, logge
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     loaded = telemt.parse_settings(telemt.parse_document(f'[access.users]\nalice = "{SECRET}"\n'), telemt.Draws(lambda: 1500))
     reloader = telemt.Reloader(server, loaded, telemt.Reading({"a": b""}, {"a": ()}, "", None), "a", lambda word: None)
-    exchange = telemt.Exchange(server, reloader, telemt.Control(server, reloader), ["/nowhere/python3", "python3"], "")
+    exchange = telemt.Exchange(server, reloader, telemt.Control(server, reloader), ["/nowhere/python3", "python3"], "", -1)
     before = sorted(os.listdir("/proc/self/fd"))
     for _ in range(2):
         exchange.begin()

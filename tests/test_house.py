@@ -332,7 +332,7 @@ def test_help_lists_every_target() -> None:
 
 
 def test_the_driver_of_the_pool_decides_nothing() -> None:
-    """Room 16 performs what room 12 says: in class Pool nothing is compared with a limit, and no key of the planner is read."""
+    """Room 17 performs what room 12 says: in class Pool nothing is compared with a limit, and no key of the planner is read."""
     tree = ast.parse((ROOT / "telemt.py").read_text(encoding="utf-8"))
     bodies = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     ordered = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
@@ -356,7 +356,7 @@ def test_no_other_line_tells_the_address_of_a_client() -> None:
     for book in BOOKS:
         for call in ast.walk(ast.parse((ROOT / book).read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in ("info", "warn", "error"):
-                ours = isinstance(call.func.value, ast.Name) and call.func.value.id == "log_upstreams"        # it tells our own address
+                ours = isinstance(call.func.value, ast.Name) and call.func.value.id == "log_network"          # it tells our own address
                 named = {word.arg for word in call.keywords} & {"peer", "client", "sender", *(() if ours else ("ip",))}
                 values = {node.attr for part in (*call.args, *(word.value for word in call.keywords)) for node in ast.walk(part)
                           if isinstance(node, ast.Attribute)} & {"peer", "client_address"}

@@ -1,4 +1,4 @@
-"""Room 16: links against the fake middle end, the pool's driver with a planner of the test's own, the directory."""
+"""Room 17: links against the fake middle end, the pool's driver with a planner of the test's own, the directory."""
 import errno
 import struct
 import time

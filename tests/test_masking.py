@@ -1,4 +1,4 @@
-"""Room 17: the way to the mask host, and the relay that joins a stranger to it."""
+"""Room 18: the way to the mask host, and the relay that joins a stranger to it."""
 import errno
 import os
 import socket

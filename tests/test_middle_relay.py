@@ -1,4 +1,4 @@
-"""Room 18, sessions through the middle end: messages, answers, closes from either side, clients that do not read."""
+"""Room 19, sessions through the middle end: messages, answers, closes from either side, clients that do not read."""
 import pytest
 
 import telemt

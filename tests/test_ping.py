@@ -1,4 +1,4 @@
-"""Room ping: links in every form, and what an answer means; the program itself is in journeys/test_ping_command.py."""
+"""Room 25: links in every form, and what an answer means; the program itself is in journeys/test_ping_command.py."""
 from __future__ import annotations
 
 import base64

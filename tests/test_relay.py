@@ -1,4 +1,4 @@
-"""Room 18: counting, quota, half-close, idle, errors and the orderly stop of a running session."""
+"""Room 19: counting, quota, half-close, idle, errors and the orderly stop of a running session."""
 import socket
 
 import pytest

@@ -1,4 +1,4 @@
-"""Room 19: from the first byte to the relay, driven over loopback sockets with a loop whose clock is ours."""
+"""Room 20: from the first byte to the relay, driven over loopback sockets with a loop whose clock is ours."""
 import contextlib
 import random
 import socket

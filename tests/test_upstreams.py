@@ -1,4 +1,4 @@
-"""Room 15: which address a data-centre index means, and what a connect cycle does and counts."""
+"""Room 16: which address a data-centre index means, and what a connect cycle does and counts."""
 import os
 import socket
 import threading
