@@ -23,7 +23,7 @@ def test_ratios_are_taken_round_by_round():
 
 
 @pytest.mark.parametrize(("value", "target", "text"), [
-    (1.2, 1.3, "1.20"), (1.3, 1.3, "1.30"), (1.31, 1.3, "**1.31 (missed)**"), (9.0, 0, "9.00"),
+    (1.2, 1.3, "1.20x"), (1.3, 1.3, "1.30x"), (1.31, 1.3, "**1.31x (missed)**"), (9.0, 0, "9.00x"),
 ])
 def test_verdict(value, target, text):
     assert verdict(value, target) == text
@@ -31,7 +31,7 @@ def test_verdict(value, target, text):
 
 def test_table_shows_cost_ratio_target_and_reference():
     lines = table({"FakeTLS download": row(1.5, other=1.1), "slow path": row(2.0, target=0)}, BACKENDS).splitlines()
-    assert lines[2] == "| FakeTLS download | <= 1.3x scatter | 0.3 s/GB, **1.50 (missed)**x | 0.2 s/GB, 1.10x | scatter 0.2 s/GB |"
+    assert lines[2] == "| FakeTLS download | <= 1.3x scatter | 0.3 s/GB, **1.50x (missed)** | 0.2 s/GB, 1.10x | scatter 0.2 s/GB |"
     assert lines[3].startswith("| slow path | - | 0.4 s/GB, 2.00x |")
     assert len({line.count("|") for line in lines}) == 1
 

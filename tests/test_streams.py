@@ -473,26 +473,55 @@ def test_resolve_passes_bytes_and_refuses_other_alphabets(loop, monkeypatch):
     assert str(found[1]).endswith("host name must be ASCII: пример.рф")
 
 
-@pytest.mark.parametrize(("ready", "bulk", "presses"), [
-    (1, 1, False), (4, 1, False), (5, 1, True), (32, 1, True), (64, 64, False), (64, 61, False),
+@pytest.mark.parametrize(("ready", "bulk", "steps"), [
+    (1, 1, 0), (4, 1, 0), (5, 1, 1), (32, 1, 1), (33, 1, 2), (64, 64, 0), (64, 61, 0), (64, 60, 1),
 ])
-def test_crowd_counts_who_else_was_ready(loop, ready, bulk, presses):
+def test_crowd_counts_who_else_was_ready(loop, ready, bulk, steps):
     crowd = telemt.Crowd()
     for turn in (1, 2):
         loop.turns, loop.ready = turn, ready
         found = [crowd.presses(loop) for _ in range(bulk)]
-    assert found == [presses] * bulk
+    assert found == [steps] * bulk
+
+
+def test_crowd_adds_up_what_comes_in_small_waves_and_forgets_it(loop):
+    crowd, begin, found = telemt.Crowd(), loop.now, []
+
+    def turn(at_ms: float, ready: int) -> None:
+        loop.turns, loop.ready, loop.now = loop.turns + 1, ready, begin + at_ms / 1000
+        found.append(crowd.presses(loop))
+
+    turn(0, 3)
+    for at_ms in (0.1, 0.2, 0.3):
+        turn(at_ms, 3)                         # two others in each
+    assert found == [0, 0, 1, 1]
+    turn(1, 1)                                 # alone for a moment: the others are on their way
+    turn(2.1, 1)
+    assert found[4:] == [1, 1]
+    turn(3, 1)
+    turn(4.2, 1)                               # a whole period without anybody
+    assert found[6:] == [1, 0]
+
+
+def test_a_flush_counts_as_bulk(loop, monkeypatch):
+    """Else 64 slow sinks would make 64 downloads modest."""
+    bench = Bench(loop, CopyFlow, ("no-splice",))
+    seen: list[object] = []
+    monkeypatch.setattr(telemt.Crowd, "presses", lambda self, loop: seen.append(loop) or 0)
+    bench.flow._keep(b"late", 0)
+    assert bench.flow.flush() and seen == [loop]
+    bench.dispose()
 
 
 def test_bulk_is_modest_in_a_crowd_and_takes_a_megabyte_alone(loop, monkeypatch):
     bench = Bench(loop, CopyFlow, ("no-splice",))
     bench.flow.level, sizes = 3, []
-    monkeypatch.setattr(telemt.Crowd, "presses", lambda self, loop: len(sizes) == 0)
+    monkeypatch.setattr(telemt.Crowd, "presses", lambda self, loop: 2 if not sizes else len(sizes) == 1)
     bench.far.setblocking(True)
     bench.source.recv_into = lambda view, size: sizes.append(size) or 0
-    for _ in range(2):
+    for _ in range(3):
         bench.flow.run()
-    assert sizes == [262_144, 1_048_576]
+    assert sizes == [65_536, 262_144, 1_048_576]
     bench.dispose()
 
 

@@ -64,8 +64,8 @@ def one_line(name: str, row: dict[str, Any], backends: Sequence[str]) -> str:
 
 
 def verdict(value: float, target: float) -> str:
-    """`1.21` or `1.41 (missed)`."""
-    return f"{value:.2f}" if not target or value <= target else f"**{value:.2f} (missed)**"
+    """`1.21x` or `1.41x (missed)`."""
+    return f"{value:.2f}x" if not target or value <= target else f"**{value:.2f}x (missed)**"
 
 
 def table(rows: dict[str, Any], backends: Sequence[str]) -> str:
@@ -74,7 +74,7 @@ def table(rows: dict[str, Any], backends: Sequence[str]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, row in rows.items():
         cells = [name, f"<= {row['target']:g}x {row['reference']}" if row["target"] else "-"]
-        cells += [f"{row[backend]['cost']:.3g} {row['unit']}, {verdict(row[backend]['ratio'], row['target'])}x" for backend in backends]
+        cells += [f"{row[backend]['cost']:.3g} {row['unit']}, {verdict(row[backend]['ratio'], row['target'])}" for backend in backends]
         lines.append("| " + " | ".join([*cells, f"{row['reference']} {row['bare']:.3g} {row['unit']}"]) + " |")
     return "\n".join(lines)
 
@@ -98,6 +98,8 @@ FIGURES: Sequence[tuple[str, str, tuple[str, ...], dict[str, float], str]] = (
     ("start to listening", "<= 0.4 s", ("ready_s",), {"*": 0.4}, "{:.2f} s"),
     ("base memory", "<= 22 MB, libcrypto 17", ("base_mb",), {"cryptography": 22.0, "libcrypto": 17.0}, "{:.1f} MB"),
     ("p99 of 128-byte round trips beside a full-speed download, ratio to undisturbed", "<= 3x", ("fairness", "ratio"), {"*": 3.0},
+     "{:.2f}x"),
+    ("the same with the download through another process, only the machine shared (control)", "-", ("fairness", "control_ratio"), {},
      "{:.2f}x"),
     ("the same p99, undisturbed", "-", ("fairness", "alone_ms"), {}, "{:.2f} ms"),
     ("client behind 1 Mbit/s: CPU of the proxy", "-", ("slow_client", "cpu_ms_per_s"), {}, "{:.2f} ms/s"),
