@@ -6636,7 +6636,10 @@ class PoolPlanner:
 
     def beat(self, now: float, link_id: int, heard: bool) -> Beat:
         """Keepalive of one link: call it when the link is ready and whenever `again_s` is over.  heard: any byte since the last call."""
-        return self.keepalive.beat(now, self.roster.links[link_id], heard)
+        link = self.roster.links.get(link_id)
+        if link is None:                       # its last session has just left, and the order to close it comes with the next plan
+            return Beat(False, False, _SILENT_S)
+        return self.keepalive.beat(now, link, heard)
 
     def on_pong(self, now: float, link_id: int, rtt_ms: float) -> None:
         """A ping of this link was answered."""
@@ -11311,13 +11314,17 @@ class Pool:
             self.planner.on_pong(self.loop.now, link.id, rtt_ms)
 
     def retire(self) -> None:
-        """Keep the links that sessions are bound to, and neither open nor replace any more."""
+        """Neither open nor replace links any more; those without sessions stay for the clients that are shaking hands."""
         self._planned = True                   # for ever: nobody plans
         if self._wake is not None:
             self._wake.cancel()
+        self.loop.call_later(self.settings.timeouts.client_handshake, self._close_idle)
+
+    def _close_idle(self) -> None:
         for link_id, link in list(self.links.items()):
             if not link.bound:
                 del self.links[link_id]
+                self.planner.on_link_lost(self.loop.now, link_id, Lost.EOF)
                 link.close()
 
     def is_warm(self) -> bool:

@@ -654,7 +654,7 @@ class FakeMiddleEnd:
         self.closing = True
         self.down("fin")
 
-    def take(self, timeout: float = 10.0) -> MeLink:
+    def take(self, timeout: float = 60.0) -> MeLink:
         """The next link that got through its handshake."""
         try:
             return self._fresh.get(timeout=timeout)

@@ -4,6 +4,7 @@ import json
 import pytest
 
 import bench_api
+import bench_middle
 import bench_pollers
 import bench_report
 from bench_report import FIGURES, between, dig, figure_table, ratios, spread, table, verdict, worse
@@ -184,3 +185,27 @@ def test_pollers_are_compared_in_one_table():
             "wake-ups": {"unit": "", "epoll": {"cost": 1.0, "ratio": 0.0}, "uvloop": {"cost": 1.0, "ratio": 0.0}}}
     assert bench_pollers.table(rows, ["epoll", "uvloop"]).splitlines()[2:] == ["| round trip | 8 us, 1.00x | 12.3 us, 1.50x |",
                                                                               "| wake-ups | 1 | 1 |"]
+
+
+# -- the middle end ----------------------------------------------------------------------------------------------------------------
+
+def test_the_middle_end_writes_its_rows_and_says_which_are_missed(tmp_path):
+    """The latency beside a stalled client is a row like the others: milliseconds, its own reference, its mark."""
+    name = bench_middle.STALL_ROW.format(500)
+    found = {name: {"unit": "ms", "target": bench_middle.STALL_TARGET, "reference": "undisturbed", "bare": 0.1,
+                    "cryptography": {"cost": 0.15, "ratio": 1.5}, "libcrypto": {"cost": 0.21, "ratio": 2.1}}}
+    page = tmp_path / "performance.md"
+    page.write_text("head\n<!-- middle -->\n<!-- /middle -->\n")
+    bench_middle.write(found, tmp_path)
+    assert "500 sessions beside one that asked for 12 MiB" in name
+    line = page.read_text().splitlines()[4]
+    assert line == table(found, BACKENDS).splitlines()[2] and line.startswith(f"| {name} | <= 2x undisturbed | 0.15 ms, 1.50x | 0.21 ms, ")
+    assert line.count("(missed)") == 1
+    assert json.loads((tmp_path / "performance-middle.json").read_text()) == found
+    assert bench_middle.missed(found) and not bench_middle.missed(found, ["cryptography"])
+
+
+def test_the_table_of_the_middle_end_is_that_of_its_figures():
+    found = json.loads((bench_middle.ROOT / "docs" / "performance-middle.json").read_text())
+    page = (bench_middle.ROOT / "docs" / "performance.md").read_text()
+    assert between(page, "middle", table(found, BACKENDS)) == page

@@ -41,7 +41,7 @@ class LittleClient:
 
     def __init__(self, me: FakeMiddleEnd, *, flags: int = 0, secret: bytes = fake.SECRET, clock: float = 0.0, ip: str = "",
                  pad_nonce: bool = False, hello: bytes = b"") -> None:
-        self.sock = socket.create_connection((me.host, me.port), 5)
+        self.sock = socket.create_connection((me.host, me.port), 60)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.inbox, self.raw = bytearray(), bytearray()
         self.open = self.shut = None
@@ -244,7 +244,7 @@ def test_a_foreign_address_in_the_keys():
             client.sync()
         with pytest.raises((EOFError, ConnectionError)), LittleClient(me) as client:
             client.sync()
-        doubles.poll(lambda: len(me.reasons()) == 2, "both links to end")
+        doubles.poll(lambda: len(me.reasons()) == 2, "both links to end", 60)
 
 
 def test_orders_of_the_journeys(me):
@@ -355,7 +355,7 @@ def test_close_ext_an_unknown_message_and_a_padded_nonce_are_faults(me):
 def test_a_wrong_nonce_gets_no_answer(me, options):
     with pytest.raises((EOFError, ConnectionError)):
         LittleClient(me, **options)
-    doubles.poll(me.reasons, "reason")
+    doubles.poll(me.reasons, "reason", 60)
 
 
 @pytest.mark.parametrize(("hello", "code"), [
@@ -372,15 +372,16 @@ def test_a_broken_frame_closes_the_link(me, spoil):
     with LittleClient(me) as client, pytest.raises((EOFError, ConnectionError)):
         client.request(1, b"data", spoil=spoil)
         client.get()
-    assert ("checksum" if spoil == "crc" else "seqno") in doubles.poll(me.reasons, "reason")[0]
+    assert ("checksum" if spoil == "crc" else "seqno") in doubles.poll(me.reasons, "reason", 60)[0]
 
 
 # -- how it misbehaves
 
 def test_its_clock_and_its_answers_may_be_wrong():
     with FakeMiddleEnd(ts_offset=31) as me:
+        before = int(time.time())
         with LittleClient(me) as client:
-            assert client.server_ts - time.time() > 29
+            assert client.server_ts >= before + 31
         me.ts_offset, me.reply_flags = 0, 0x41
         with LittleClient(me) as client:
             assert client.reply[1] == 0x41
@@ -430,7 +431,7 @@ def test_deaf_it_reads_nothing_until_it_hears_again(me):
         with pytest.raises(TimeoutError):
             client.sync(2)
         me.deaf.clear()
-        client.sock.settimeout(5)
+        client.sock.settimeout(60)
         assert client.get() == struct.pack("<Iq", 0x8430EAA7, 2) and link in me.links()
 
 
@@ -443,7 +444,7 @@ def test_a_link_can_be_killed(me, how, error):
         link.kill(how)
         with pytest.raises(error):
             client.get()
-        assert link.closed.wait(5) and not me.links() and not me.bound()
+        assert link.closed.wait(60) and not me.links() and not me.bound()
 
 
 def test_down_refuses_and_up_accepts_on_the_same_port(me):
@@ -465,7 +466,7 @@ def test_down_refuses_and_up_accepts_on_the_same_port(me):
 # -- the site and the world
 
 def fetch(url: str) -> tuple[bytes, str]:
-    with urllib.request.urlopen(url, timeout=5) as response:
+    with urllib.request.urlopen(url, timeout=60) as response:
         return response.read(), response.headers["Date"]
 
 
@@ -473,7 +474,7 @@ def test_the_site_and_its_knobs():
     site = MeSite(b"s" * 40)
     try:
         body, date = fetch(site.url("/getProxySecret"))
-        assert body == b"s" * 40 and abs(parsedate_to_datetime(date).timestamp() - time.time()) < 5
+        assert body == b"s" * 40 and abs(parsedate_to_datetime(date).timestamp() - time.time()) < 60
         page = site.secret_page
         page.failures, page.date_offset, page.delay_s = 2, 3600.0, 0.05
         for _ in range(2):
@@ -511,7 +512,7 @@ def test_a_world_lists_its_middle_ends_and_changes():
         world.publish()
         assert b"proxy_for 3 " in world.site.pages["/getProxyConfig"].body
         world.hang_up()
-        doubles.poll(lambda: not world.links(), "links to end")
+        doubles.poll(lambda: not world.links(), "links to end", 60)
         assert world.ledger.links == 2 and not world.faults
 
 

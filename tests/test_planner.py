@@ -722,6 +722,19 @@ def beats(sim: Sim, link: telemt.LinkFacts, heard: bool, pong_ms: float | None =
     return found
 
 
+def test_a_link_may_beat_between_its_last_session_and_its_end():
+    """The timer of a draining link ran out in the turn in which its last session left: KeyError, and a traceback in the log."""
+    sim = pool(3)
+    link = links(sim)[0]
+    sim.planner.on_bound(sim.now, link.link_id, 1)
+    sim.planner.roster.drain(sim.now, link)
+    sim.planner.on_unbound(sim.now, link.link_id, 1)
+    assert link.link_id not in sim.planner.roster.links
+    beat = sim.planner.beat(sim.now, link.link_id, heard=True)
+    assert (beat.ping, beat.dead) == (False, False) and beat.again_s > 1
+    assert telemt.CloseLink(link.link_id) in sim.planner.plan(sim.now)
+
+
 def test_pings_keep_their_pace():
     sim = pool(1)
     link = links(sim)[0]

@@ -21,6 +21,7 @@ from tests.journeys.test_metrics import fetch
 from tests.test_api_metrics import samples
 
 BULK = int(os.environ.get("TELEMT_JOURNEY_MIB", "64")) * MIB
+PATIENCE = 60.0                 # of every wait: nothing here measures time
 WINDOW = 4 * MIB                # clients ask for what they can take: the middle end does not wait for anybody
 
 
@@ -58,7 +59,7 @@ def upload(client: Client, size: int, seed: int = 2, frame: int = 65_536) -> Non
 def start(rig: Rig, world: MeWorld, config=None):
     proxy = rig.proxy(merged(world.config(), config or {}))
     for me in world:
-        me.take()
+        me.take(PATIENCE)
     return proxy
 
 
@@ -84,7 +85,8 @@ def test_requests_say_who_asks(rig: Rig, world: MeWorld, tagged: str) -> None:
     client = rig.client("bob", dc=-2)
     client.req_pq()
     assert rig.proxies[0].log("Transport: Middle-End Proxy - all DC-over-RPC")
-    assert rig.proxies[0].wait_log("Routing via Middle-End user=bob peer=.* dc=-2 proto=secure mode=middle_proxy pool_generation=1 link=")
+    assert rig.proxies[0].wait_log("Routing via Middle-End user=bob peer=.* dc=-2 proto=secure mode=middle_proxy pool_generation=1 link=",
+                                   timeout=PATIENCE)
     request = world.mes[2][0].requests()[0]
     assert request.our == ("127.0.0.1", rig.proxies[0].port) and request.flags & 0x2 and bool(request.flags & 0x8) == bool(tagged)
 
@@ -119,7 +121,7 @@ def test_client_that_sends_and_leaves_is_heard_first(rig: Rig, world: MeWorld) -
         client.send_frame(b"LAST" * 4)
         client.close()
     me = world.mes[2][0]
-    poll(lambda: len(me.closes()) == 20 or None, "closes", 20)
+    poll(lambda: len(me.closes()) == 20 or None, "closes", PATIENCE)
     heard = {request.conn_id for request in me.requests()}
     assert {conn_id for conn_id, kind in me.closes()} == heard and {kind for _, kind in me.closes()} == {"conn"} and len(heard) == 20
 
@@ -147,10 +149,10 @@ def test_bad_frame_costs_only_its_client(rig: Rig, world: MeWorld, bad: bytes) -
     client.echo()
     other.echo()
     client.send(bad)
-    client.expect_closed()
+    client.expect_closed(PATIENCE)
     other.echo()
     me = world.mes[2][0]
-    poll(lambda: len(me.closes()) == 1 or None, "close")
+    poll(lambda: len(me.closes()) == 1 or None, "close", PATIENCE)
     assert not proxy.log("link lost")
 
 
@@ -166,11 +168,11 @@ def test_broken_link_closes_its_clients_and_is_replaced(rig: Rig, world: MeWorld
     client.send_frame(b"ECHO" * 4)
     if fault == "replay":
         assert client.recv_frame() == b"ECHO" * 4              # the first of the two is good
-    client.expect_closed(15)
+    client.expect_closed(PATIENCE)
     setattr(me, fault, None)
     other.echo()
-    proxy.wait_log("Middle-End link lost")
-    poll(lambda: can_echo(rig), "a new link", 20)
+    proxy.wait_log("Middle-End link lost", timeout=PATIENCE)
+    poll(lambda: can_echo(rig), "a new link", PATIENCE)
 
 
 def can_echo(rig: Rig) -> bool:
@@ -192,8 +194,8 @@ def test_middle_end_that_is_away_at_start_comes_later(rig: Rig) -> None:
         assert proxy.log("mode=direct")
         assert int(samples(fetch(port)[2])["telemt_me_fallback_sessions_total"]) >= 1
         me.up()
-        me.take(40)
-        poll(lambda: proxy.log("mode=middle_proxy") if can_echo(rig) else None, "a session through the middle end", 30)
+        me.take(PATIENCE)
+        poll(lambda: proxy.log("mode=middle_proxy") if can_echo(rig) else None, "a session through the middle end", PATIENCE)
         client.echo()
         assert world.faults == []
 
@@ -204,7 +206,7 @@ def test_without_degradation_nobody_goes_direct(rig: Rig) -> None:
         proxy = rig.proxy({"general": {**world.config()["general"], "auto_degradation_enabled": False}})
         client = rig.client()
         client.send_frame(b"ECHO")
-        client.expect_closed(10)
+        client.expect_closed(PATIENCE)
         assert not proxy.log("mode=direct")
 
 
@@ -212,7 +214,7 @@ def test_wrong_secret_is_logged_and_tried_again(rig: Rig) -> None:
     with MeWorld({2: 1}, secret=b"\x42" * 64) as world:
         world.site.secret_page.body = b"\x43" * 64
         proxy = rig.proxy(world.config())
-        proxy.wait_log("Middle-End link failed", 2, timeout=20)
+        proxy.wait_log("Middle-End link failed", 2, timeout=PATIENCE)
         client = rig.client()
         client.req_pq()
         assert proxy.log("mode=direct")
@@ -226,9 +228,9 @@ def test_a_silent_peer_is_given_up_and_tried_again(rig: Rig) -> None:
         proxy = rig.proxy(world.config())
         rig.client().req_pq()
         assert proxy.log("mode=direct")
-        proxy.wait_log("Telegram handshake timeout", timeout=20)
+        proxy.wait_log("Telegram handshake timeout", timeout=PATIENCE)
         me.mute = ""
-        poll(lambda: proxy.log("mode=middle_proxy") if can_echo(rig) else None, "a session through the middle end", 40)
+        poll(lambda: proxy.log("mode=middle_proxy") if can_echo(rig) else None, "a session through the middle end", PATIENCE)
         assert world.faults == []
 
 
@@ -280,7 +282,7 @@ def test_two_thousand_sessions_on_eight_links(rig: Rig) -> None:
     count, workers = int(os.environ.get("TELEMT_JOURNEY_SESSIONS", "2000")), 8
     with MeWorld({2: 8}) as world:
         proxy = start(rig, world)
-        poll(lambda: len(world.links(2)) >= 8 or None, "eight links", 30)
+        poll(lambda: len(world.links(2)) >= 8 or None, "eight links", PATIENCE)
         crowds = [Crowd(proxy.port, seed, count // workers) for seed in range(workers)]
         threads = [threading.Thread(target=crowd.run) for crowd in crowds]
         for thread in threads:
@@ -296,7 +298,7 @@ def test_two_thousand_sessions_on_eight_links(rig: Rig) -> None:
         faults = [fault for crowd in crowds for fault in crowd.faults]
         assert not faults, faults[:5]
         assert closed and sum(crowd.ended for crowd in crowds) <= closed
-        poll(lambda: not any(me.bound() for me in world) or None, "every session said goodbye", 20)
+        poll(lambda: not any(me.bound() for me in world) or None, "every session said goodbye", PATIENCE)
         assert world.faults == [] and not proxy.log("link lost")
 
 
@@ -309,7 +311,7 @@ def other_world():
     yield json.loads(process.stdout.readline())
     process.stdin.close()
     rest = process.stdout.read()
-    process.wait(10)
+    process.wait(PATIENCE)
     assert json.loads(rest)["faults"] == []
 
 
@@ -317,15 +319,15 @@ def test_a_client_that_stops_reading_disturbs_nobody(rig: Rig, other_world) -> N
     """It holds what it asked for; everybody else talks on through the same link.  What that costs them in time is a row of `make bench`."""
     one_link = {"me_warmup_step_delay_ms": 3_600_000}      # the second one comes in an hour
     proxy = rig.proxy(merged(other_world["config"], {"general": one_link}))
-    proxy.wait_log("Middle-End link up", timeout=60)
-    clients = [rig.client(mode="secure", timeout=60) for _ in range(500)]
+    proxy.wait_log("Middle-End link up", timeout=PATIENCE)
+    clients = [rig.client(mode="secure", timeout=PATIENCE) for _ in range(500)]
     for client in clients:
         client.echo()
     base = proxy.rss()
     for returns in (True, False, True):
-        stalled = rig.client("bob", mode="secure", timeout=60, rcvbuf=64 << 10)
+        stalled = rig.client("bob", mode="secure", timeout=PATIENCE, rcvbuf=64 << 10)
         stalled.order("send", 12 * MIB)        # below the limit of a queue: it stays as long as it likes
-        poll(lambda: proxy.rss() - base > 6 * MIB or None, "a queue in the proxy", 60)
+        poll(lambda: proxy.rss() - base > 6 * MIB or None, "a queue in the proxy", PATIENCE)
         for _ in range(3):
             for number, client in enumerate(clients):
                 client.echo(struct.pack("<I", number) * 8)
@@ -335,7 +337,7 @@ def test_a_client_that_stops_reading_disturbs_nobody(rig: Rig, other_world) -> N
             stalled.echo()
         else:
             stalled.reset()
-        poll(lambda: proxy.rss() - base < 4 * MIB or None, "the queue given back", 60)
+        poll(lambda: proxy.rss() - base < 4 * MIB or None, "the queue given back", PATIENCE)
     links = {found[1] for found in proxy.log(r"Routing via Middle-End .* link=(\S+)")}
     assert len(links) == 1 and len(proxy.log("Routing via Middle-End")) == 503, links
     assert not proxy.log("Answer queue full") and not proxy.log("link lost")
@@ -344,8 +346,8 @@ def test_a_client_that_stops_reading_disturbs_nobody(rig: Rig, other_world) -> N
 def test_a_client_that_is_flooded_and_does_not_read_is_dropped(rig: Rig, other_world) -> None:
     """Without a bound on what is on its way: 16 MiB for 120 ms, or 32 MiB.  The others stay, memory comes back."""
     proxy = rig.proxy(other_world["config"])
-    proxy.wait_log("Middle-End link up", timeout=20)
-    clients = [rig.client(mode="secure") for _ in range(50)]
+    proxy.wait_log("Middle-End link up", timeout=PATIENCE)
+    clients = [rig.client(mode="secure", timeout=PATIENCE) for _ in range(50)]
     for client in clients:
         client.echo()
     base = most = proxy.rss()
@@ -359,6 +361,6 @@ def test_a_client_that_is_flooded_and_does_not_read_is_dropped(rig: Rig, other_w
     for client in clients:
         client.echo()
     assert most - base < 64 * MIB              # twice 16 MiB, and the read that passes it
-    poll(lambda: proxy.rss() - base < 8 * MIB or None, "the memory given back", 20)
+    poll(lambda: proxy.rss() - base < 8 * MIB or None, "the memory given back", PATIENCE)
     assert not proxy.log("link lost")
 
