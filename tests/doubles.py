@@ -58,8 +58,21 @@ APP = b"\x17\x03\x03"
 HANGUP = (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
 
 
+PATIENCE = float(os.environ.get("TELEMT_PATIENCE", "8"))                         # how much slower than a quiet machine this one may be
+
+
+def patient(limit_s: float) -> float:
+    """The limit of what takes `limit_s` at most on a quiet machine (TELEMT_PATIENCE=1), for this one: up to a minute.
+
+    For whatever has to come, and comes: a good test never waits so long.  A wait that has to end by itself, because the test is
+    that nothing comes, takes a number instead.
+    """
+    return max(limit_s, min(limit_s * PATIENCE, 60.0))
+
+
 def poll(probe: Callable[[], _T], what: str, timeout: float = 5.0) -> _T:
     """First true value of `probe`; fails with `what` when there is none in time."""
+    timeout = patient(timeout)
     end = time.monotonic() + timeout
     while not (value := probe()):
         assert time.monotonic() < end, f"not within {timeout} s: {what}"
@@ -374,7 +387,7 @@ class Peer:
 
     def expect_closed(self, timeout: float = 5.0) -> None:
         """The other side closes, with FIN or RST, and has not sent a byte."""
-        self.sock.settimeout(timeout)
+        self.sock.settimeout(patient(timeout))
         try:
             raw = self.sock.recv(4096)
         except HANGUP:
@@ -620,7 +633,7 @@ class FakeDc:
                 if self.rude:
                     peer.reset()
                     continue
-                peer.sock.settimeout(10 if self.manual else 600)
+                peer.sock.settimeout(patient(10) if self.manual else 600)
                 with self._lock:
                     self._open.add(peer)
                 threading.Thread(target=self._attend, args=(peer,), daemon=True).start()
@@ -644,7 +657,7 @@ class FakeDc:
     def take(self, timeout: float = 5.0) -> DcPeer:
         """The next connection that sent its header."""
         try:
-            return self._fresh.get(timeout=timeout)
+            return self._fresh.get(timeout=patient(timeout))
         except queue.Empty:
             raise AssertionError("nobody came to the data centre") from None
 
@@ -766,7 +779,7 @@ class Proxy:
 
     def wait_log(self, pattern_text: str, count: int = 1, timeout: float = 10.0) -> re.Match[str]:
         """The `count`-th match, waiting for it."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + patient(timeout)
         with self._news:
             while len(found := self.log(pattern_text)) < count:
                 alive = any(reader.is_alive() for reader in self._readers)
@@ -818,7 +831,7 @@ class Proxy:
 
     def settle(self, timeout: float = 8.0) -> None:
         """Wait until no descriptor is left over; call when all clients are closed."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + patient(timeout)
         while left := self.leaks():
             assert self.process.poll() is None, f"the proxy is gone\n{self.tail()}"
             assert time.monotonic() < end, f"leaked descriptors: {dict(left)}\n{self.tail()}"
@@ -833,12 +846,13 @@ class Proxy:
 
     def wait_exit(self, timeout: float = 4.0) -> int:
         """Exit code, within `timeout`; all output has been read then."""
+        timeout = patient(timeout)
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout} s\n{self.tail()}") from None
         for reader in self._readers:
-            reader.join(5)
+            reader.join(patient(5))
         return code
 
     def stop(self, sig: signal.Signals = signal.SIGTERM) -> None:
@@ -869,7 +883,7 @@ def clean_env(extra: dict[str, str] | None = None) -> dict[str, str]:
 
 def run_program(*args: str, cwd: Path, timeout: float = 10.0, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """telemt.py up to its end."""
-    return subprocess.run([sys.executable, "-B", str(PROGRAM), *args], cwd=cwd, env=clean_env(env), timeout=timeout, check=False,
+    return subprocess.run([sys.executable, "-B", str(PROGRAM), *args], cwd=cwd, env=clean_env(env), timeout=patient(timeout), check=False,
                           capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 

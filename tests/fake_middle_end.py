@@ -657,9 +657,9 @@ class FakeMiddleEnd:
     def take(self, timeout: float = 60.0) -> MeLink:
         """The next link that got through its handshake."""
         try:
-            return self._fresh.get(timeout=timeout)
+            return self._fresh.get(timeout=doubles.patient(timeout))
         except queue.Empty:
-            raise AssertionError(f"no link to {self.address} within {timeout} s") from None
+            raise AssertionError(f"no link to {self.address} within {doubles.patient(timeout)} s") from None
 
     def greet(self, link: MeLink) -> None:
         with self._lock:

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from doubles import free_port
+from doubles import free_port, patient
 
 SEARCH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 BIG = 50 << 20                                  # bytes of /big
@@ -47,7 +47,7 @@ class Program:
         self.folder, self.port = folder, port
         self.output = (folder / "output").open("wb")
         self.process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output)
-        end = time.monotonic() + 15
+        end = time.monotonic() + patient(15)
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
                 return
@@ -58,10 +58,10 @@ class Program:
         """End it and what it started."""
         self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(5)
+            self.process.wait(patient(5))
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait(5)
+            self.process.wait(patient(5))
         self.output.close()
 
 

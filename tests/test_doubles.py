@@ -108,7 +108,7 @@ def test_pattern_is_reproducible_and_does_not_repeat() -> None:
 
 def test_poll_gives_up_with_its_reason() -> None:
     with pytest.raises(AssertionError, match="pigs fly"):
-        doubles.poll(lambda: False, "pigs fly", timeout=0.05)
+        doubles.poll(lambda: False, "pigs fly", timeout=0.005)
 
 
 # -- a proxy of some forty lines, to prove Client and FakeDc before there is a real one ---------------------------------------------

@@ -325,6 +325,7 @@ def test_a_refused_connection_is_told_to_who_waits_to_write(turning):
 
 
 def test_timers_and_lanes_come_in_order_and_never_early(turning):
+    """A machine that sleeps meanwhile makes several of them due in one turn; lanes are first then."""
     begin, fired = turning.now, []
     lane = turning.lane(0.015, lambda key: fired.append((key, time.monotonic() - begin)))
     turning.call_later(0.03, lambda: (fired.append(("late", time.monotonic() - begin)), turning.stop()))
@@ -332,17 +333,16 @@ def test_timers_and_lanes_come_in_order_and_never_early(turning):
     lane.arm("lane")
     turning.call_later(0.02, lambda: fired.append(("never", 0.0))).cancel()
     turning.run()
-    assert [name for name, _ in fired] == ["now", "lane", "late"]
-    assert fired[1][1] >= 0.015 and fired[2][1] >= 0.03
+    assert [name for name, _ in fired] in (["now", "lane", "late"], ["lane", "now", "late"])
+    assert dict(fired)["lane"] >= 0.015 and dict(fired)["late"] >= 0.03
 
 
 def test_a_timer_that_is_set_later_and_due_earlier_wins(turning):
     order = []
-    turning.call_later(0.5, turning.stop)
+    turning.call_later(60.0, lambda: (order.append("outer"), turning.stop()))
     turning.call_later(0.001, lambda: turning.call_later(0.005, lambda: (order.append("inner"), turning.stop())))
-    begin = time.monotonic()
     turning.run()
-    assert order == ["inner"] and time.monotonic() - begin < 0.4
+    assert order == ["inner"]
 
 
 def test_deferred_and_idle_work_is_done_and_starves_nobody(turning, pair):
@@ -403,16 +403,15 @@ def test_what_is_dropped_in_a_batch_is_not_called_and_its_number_may_come_again(
 
 
 def test_other_threads_and_signals_wake_it(turning):
-    begin, seen = time.monotonic(), []
-    thread = threading.Timer(0.02, lambda: turning.call_from_thread(lambda: seen.append("thread")))
+    seen = []
+    later = threading.Timer(0.02, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    thread = threading.Timer(0.02, lambda: turning.call_from_thread(lambda: (seen.append("thread"), later.start())))
     before = signal.getsignal(signal.SIGUSR1)
     turning.on_signal(signal.SIGUSR1, lambda *_: turning.call_from_thread(lambda: (seen.append("signal"), turning.stop())))
-    later = threading.Timer(0.04, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     thread.start()
-    later.start()
-    turning.run()
+    turning.run()                                          # for ever, if nothing wakes it
     signal.signal(signal.SIGUSR1, before)
-    assert seen == ["thread", "signal"] and time.monotonic() - begin < 10
+    assert seen == ["thread", "signal"]
 
 
 def test_a_loop_at_rest_does_not_turn(turning, pair):

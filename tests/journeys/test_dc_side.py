@@ -111,7 +111,7 @@ def test_connect_timeout_ends_the_session(rig: Rig, mode: str) -> None:
     begin = time.monotonic()
     rig.client("bob", mode).req_pq()                    # nobody else waits
     client.expect_closed(timeout=6)
-    assert 1.5 < time.monotonic() - begin < 5           # two attempts of a second each, a pause of at most 150 ms
+    assert 1.5 < time.monotonic() - begin < 15          # two attempts of a second each, not of the ten that are the default
     rig.close_clients()
     proxy.wait_log(f"WARN .*Upstream failed after retries: .*Connection timeout to {hole.address}")
     proxy.settle()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from doubles import MIB, PROGRAM, ApiScript, Client, Proxy, Rig, free_port, pattern_sha, poll
+from doubles import MIB, PROGRAM, ApiScript, Client, Proxy, Rig, free_port, patient, pattern_sha, poll
 from fake_middle_end import MeWorld
 
 GENERATIONS = int(os.environ.get("TELEMT_GENERATIONS", "5"))
@@ -92,7 +92,8 @@ class Knocking:
     def more(self, count: int) -> None:
         """Wait for so many more clients of each kind."""
         before = Counter(self.good)
-        poll(lambda: all(self.good[work] >= before[work] + count for work in self.good) or self.faults, f"{count} more clients", 30)
+        poll(lambda: all(self.good[work] >= before[work] + count for work in ("_tcp", "_unix", "_api")) or self.faults,
+             f"{count} more clients", 30)
         assert not self.faults, self.faults
 
 
@@ -271,7 +272,7 @@ def test_the_service_manager_follows(rig: Rig) -> None:
         proxy.wait_log(f"process {second} serves, this one drains")
         client.echo()
         proxy.process.send_signal(signal.SIGTERM)
-        assert proxy.process.wait(4) == 0
+        assert proxy.process.wait(patient(4)) == 0
         client.expect_closed()
         rig.client().req_pq()                               # the new one does not care
         rig.close_clients()
@@ -286,10 +287,8 @@ def test_a_container_stops_as_a_whole(rig: Rig) -> None:
     client = rig.client("bob")
     client.echo()
     second = exchange(proxy)
-    begin = time.monotonic()
     proxy.process.send_signal(signal.SIGTERM)
-    assert proxy.process.wait(5) == 0
-    assert time.monotonic() - begin < 4
+    assert proxy.process.wait(patient(4)) == 0               # its drain would take ten minutes
     poll(lambda: gone(second), "its end", 1)
     client.expect_closed()
     assert len(proxy.log("Shutting down")) == 2

@@ -69,7 +69,7 @@ def test_too_many_of_one_address(rig: Rig) -> None:
     proxy = rig.proxy(nofile=600)                            # 172 places, 64 half-open ones for an address
     known = rig.client(source="127.0.0.5")
     known.req_pq()
-    flood = [socket.create_connection(("127.0.0.1", proxy.port), timeout=5, source_address=("127.0.0.5", 0)) for _ in range(80)]
+    flood = [socket.create_connection(("127.0.0.1", proxy.port), timeout=20, source_address=("127.0.0.5", 0)) for _ in range(80)]
     other = rig.dial("bob", source="127.0.0.6")
     for sock in flood[:16]:
         assert sock.recv(1) == b""
@@ -92,7 +92,7 @@ def test_who_knocks_is_written_down_and_shown(rig: Rig) -> None:
     assert report.read_text() == "empty\n"
     for source, said in [("127.0.0.9", b"GET / HTTP/1.1\r\n\r\n"), ("127.0.0.9", b"POST / HTTP/1.1\r\n\r\n"),
                          ("127.0.0.8", b"SSH-2.0-x\r\n"), ("127.0.0.7", build_hello(STRANGER)), ("127.0.0.6", b"")]:
-        with socket.create_connection(("127.0.0.1", proxy.port), timeout=5, source_address=(source, 0)) as sock:
+        with socket.create_connection(("127.0.0.1", proxy.port), timeout=20, source_address=(source, 0)) as sock:
             sock.sendall(said)
             sock.shutdown(socket.SHUT_WR)
             assert sock.recv(1) == b""
@@ -107,7 +107,7 @@ def test_who_knocks_is_written_down_and_shown(rig: Rig) -> None:
     rude.close()
     wanted = "[HTTP]\n127.0.0.9-2\n[SSH]\n127.0.0.8-1\n[TLS-scanner]\n127.0.0.7-1\n[expected_64_got_0]\n127.0.0.5-1\n[other]\n127.0.0.4-1\n"
     poll(lambda: report.read_text() == wanted, f"{wanted} in the file, there is {report.read_text()}", timeout=8)
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/beobachten", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/beobachten", timeout=20) as answer:
         assert answer.read().decode() == wanted
     rig.client().req_pq()
     proxy.stop()

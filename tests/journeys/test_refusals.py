@@ -75,7 +75,7 @@ def test_silence_until_the_deadline(rig: Rig, raw: bytes) -> None:
     begin = time.monotonic()
     client.push(raw)
     client.expect_closed(timeout=4)
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 9    # not the 10 s that the journeys have otherwise
     client.close()
     proxy.settle()
     client = rig.dial()                         # a good client that is too slow fares the same

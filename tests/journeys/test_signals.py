@@ -1,6 +1,7 @@
 """Stopping under load, twice, by either signal; and a hang-up that is never the end."""
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from doubles import HANGUP, MIB, PROGRAM, Client, Rig, base_config, clean_env, free_port, helper, poll
+from doubles import HANGUP, MIB, PROGRAM, Client, Proxy, Rig, base_config, clean_env, free_port, helper, patient, poll
 
 
 def crowd_at_work(rig: Rig) -> list[Client]:
@@ -44,36 +45,41 @@ def test_stop_under_load(rig: Rig, sig: signal.Signals) -> None:
             busy.recv_digest(1 << 40)
     with helper(download):
         poll(lambda: busy.got_bytes > 20 * MIB, "a download at full speed")
-        begin = time.monotonic()
-        proxy.stop(sig)
-        assert time.monotonic() - begin < 4
+        proxy.stop(sig)                                     # within 4 s
     for client in waiting:
         client.expect_closed()
 
 
-def test_stop_when_idle_is_quick(rig: Rig) -> None:
-    proxy = rig.proxy()
-    rig.client().req_pq()
-    begin = time.monotonic()
+def slow_to_stop(rig: Rig) -> Proxy:
+    """A proxy that may take an hour to stop, for flushing and as a whole: whatever ends sooner has not waited for its limits."""
+    program, whole = rig.folder / "telemt.py", PROGRAM.read_text(encoding="utf-8")
+    for name in ("_STOP_FLUSH_S", "_STOP_LIMIT_S"):
+        whole, count = re.subn(rf"^{name}: Final = [0-9.]+", f"{name}: Final = 3600.0", whole, flags=re.MULTILINE)
+        assert count == 1, name
+    program.write_text(whole, encoding="utf-8")
+    return rig.proxy(command=[sys.executable, "-B", str(program)])
+
+
+def test_stop_when_idle_waits_for_nobody(rig: Rig) -> None:
+    proxy = slow_to_stop(rig)
+    client = rig.client()
+    client.req_pq()
     proxy.stop()
-    assert time.monotonic() - begin < 2
+    client.expect_closed()
 
 
 @pytest.mark.parametrize("sigs", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)],
                          ids=lambda pair: "+".join(sig.name for sig in pair))
 def test_second_signal_ends_at_once(rig: Rig, sigs: tuple[signal.Signals, signal.Signals]) -> None:
-    proxy = rig.proxy()
+    proxy = slow_to_stop(rig)
     for mode in ("classic", "secure", "tls"):               # bytes for somebody who does not read make the first signal wait
         rig.client("bob", mode, rcvbuf=16384).order("send", 64 * MIB)
     for peer in [rig.dc.take() for _ in range(3)]:
         poll(lambda peer=peer: peer.sent_bytes >= MIB, "bytes in the queue")
     proxy.process.send_signal(sigs[0])
     proxy.wait_log("Shutting down")
-    begin = time.monotonic()
     proxy.process.send_signal(sigs[1])
-    code = proxy.wait_exit(1)
-    assert time.monotonic() - begin < 0.5
-    assert code in (0, -sigs[1]), code                      # config.md 6.4: "by signal", unless it was just leaving anyway
+    assert proxy.wait_exit() == -sigs[1]                    # config.md 6.4: "by signal"
     proxy.check_output()
 
 
@@ -105,7 +111,7 @@ def test_other_signals_change_nothing(rig: Rig, name: str) -> None:
 def test_nobody_reads_the_log(rig: Rig) -> None:
     """A full pipe on stdout costs lines and nothing else; the process stops in order, and in time, all the same."""
     proxy = rig.proxy()
-    session = rig.client(timeout=5)
+    session = rig.client()
     with proxy.hold_log():
         for _ in range(4000):                               # 100 bytes and more each: a pipe holds 64 KiB, the proxy 256
             rig.dial("alice", "classic").push(b"GET / HTTP/1.0\r\n\r\n")
@@ -119,7 +125,7 @@ def test_nobody_reads_the_log(rig: Rig) -> None:
             rig.dial("alice", "classic").push(b"GET / HTTP/1.0\r\n\r\n")
             rig.clients.pop().close()
         proxy.process.send_signal(signal.SIGTERM)
-        assert proxy.process.wait(4) == 0
+        assert proxy.process.wait(patient(4)) == 0
     proxy.wait_exit()
     proxy.check_output()
 
@@ -139,5 +145,5 @@ def test_a_signal_during_the_start(tmp_path: Path, name: str, after_ms: int) -> 
              "the first moment", 20.0)
         time.sleep(after_ms / 1000 + 0.003)                 # SIGTERM's handler stands three lines further down
         process.send_signal(getattr(signal, name))
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, "")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from doubles import LOG_LINE, PROGRAM, USERS, Proxy, Rig, base_config, clean_env, free_port, merged, poll, run_program
+from doubles import LOG_LINE, PROGRAM, USERS, Proxy, Rig, base_config, clean_env, free_port, merged, patient, poll, run_program
 
 VERSION = r"telemt\.py \d+\.\d+\.\d+ \(telemt 3\.2\.1 config and API\)"
 ISOLATED = ["unshare", "--net", "--map-root-user"]              # a network without anything, loopback included
@@ -204,7 +204,7 @@ def test_missing_config_is_made_and_used(tmp_path: Path, lonely: list[str]) -> N
                         break
                 assert heard and "Listening on 0.0.0.0:443" in heard[-1], heard
                 process.send_signal(signal.SIGTERM)
-                assert process.wait(5) == 0
+                assert process.wait(patient(4)) == 0
                 assert not process.stderr.read()
             finally:
                 process.kill()
