@@ -15323,7 +15323,8 @@ log_links: Final = Log("links")
 #
 # Who watches over us knows one process.  systemd is told the new one (MAINPID).  For all others (a container, procd, a shell)
 # the first program stays when it has drained, as a caretaker of a few lines: it passes signals on, and ends when the last
-# program ends.  It learns of them through its lifeline, a pipe whose other end each program hands to the next.
+# program ends.  It learns of them through its lifeline, a pipe whose other end each program hands to the next.  A program that
+# drains while the one that accepts dies ends at once: only then somebody starts the service again.
 
 HANDED: Final = "TELEMT_HANDED"          # environment of a new program: `name=values` that Heritage reads
 _EXCHANGE_S: Final = 60.0                # a router needs twenty seconds to compile us; then the new one is killed
@@ -15449,6 +15450,7 @@ class Heir:
         """Start it with copies of the descriptors `handed`.  on_end(self, why) is called when it has ended.  Raises OSError."""
         self._loop, self._on_word, self._on_end = loop, on_word, on_end
         self._said: list[str] = []             # on its stderr
+        self.code = 0                          # its exit code, once it has ended; negative: the signal
         self.talk, theirs = socket.socketpair()
         self._stderr, outlet = os.pipe()
         copies: list[int] = []
@@ -15511,7 +15513,7 @@ class Heir:
     def _on_exit(self, result: tuple[int, int] | Exception) -> None:
         while self._stderr >= 0:
             self._on_stderr(READ)
-        code = os.waitstatus_to_exitcode(result[1]) if isinstance(result, tuple) else 0
+        self.code = code = os.waitstatus_to_exitcode(result[1]) if isinstance(result, tuple) else 0
         for line in self._said[:-1]:
             log_exchange.warn("New program: %s", line)
         why = f"it ended with exit code {code}" if code >= 0 else f"it was ended by signal {-code}"
@@ -15575,7 +15577,8 @@ class Exchange:
             os.set_blocking(self._lifeline, True)              # libuv changes what it watches
             os.execv(sys.executable, [self.command[1], "-I", "-S", "-c", _CARETAKER, str(self._lifeline), str(self.successor)])
         if self.life >= 0 and not self.successor:
-            os.write(self.life, f"code {code}\n".encode())
+            with contextlib.suppress(OSError):           # our caretaker was killed
+                os.write(self.life, f"code {code}\n".encode())
         return code
 
     # -- up to `accepting`
@@ -15619,6 +15622,8 @@ class Exchange:
             self._fail(why)
         elif heir.pid == self.successor:
             log_exchange.debug("The program after us: %s", why)
+            if heir.code:                      # else it was asked to stop, or has handed on and drained
+                self._on_bereaved(why)
 
     def _fail(self, why: str) -> None:
         """Everything stays as it was."""
@@ -15674,8 +15679,15 @@ class Exchange:
         for word, number in itertools.pairwise(words):
             if word == "heir":
                 self.successor = int(number)
-        if not words:                          # nobody is left
+        if not words:
             self.server.loop.unwatch(self._lifeline, READ)
+            self._on_bereaved("nobody is left")
+
+    def _on_bereaved(self, why: str) -> None:
+        """Nobody accepts any more: stop draining, so that who watches over us starts the program again now, not when we have drained."""
+        if self.server.places.draining:
+            log_exchange.error("The program that took over does not serve any more: %s; this one stops too", why)
+            self.server.stop()
 
     def _pass_on(self, signum: int) -> None:
         """To who serves, if the signal was meant for all of us."""

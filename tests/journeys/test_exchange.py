@@ -294,6 +294,55 @@ def test_a_container_stops_as_a_whole(rig: Rig) -> None:
     assert len(proxy.log("Shutting down")) == 2
 
 
+@pytest.mark.parametrize("manager", ["none", "systemd"])
+def test_when_the_new_one_dies_the_old_one_does_not_drain_on(rig: Rig, manager: str) -> None:
+    """It drained for up to ten minutes, and nobody accepted: who watches over the service waits for its end."""
+    if manager == "systemd":
+        rig.env = {"NOTIFY_SOCKET": str(rig.folder / "nobody")}
+    proxy = rig.proxy()
+    client = rig.client("bob")
+    client.echo()
+    second = exchange(proxy)
+    client.echo()
+    os.kill(second, signal.SIGKILL)
+    assert proxy.wait_exit() == (0 if manager == "systemd" else 1)       # systemd judges the main process, which the second was
+    assert proxy.log("ERROR telemt::exchange: The program that took over does not serve any more: .*; this one stops too")
+    client.expect_closed()
+    proxy.check_output()
+
+
+def test_who_is_told_to_stop_lets_the_old_one_drain(rig: Rig) -> None:
+    """SIGTERM to the new one alone, under systemd: an end in order is no death."""
+    rig.env = {"NOTIFY_SOCKET": str(rig.folder / "nobody")}
+    proxy = rig.proxy()
+    client = rig.client("bob")
+    client.echo()
+    second = exchange(proxy)
+    os.kill(second, signal.SIGTERM)
+    proxy.wait_log("The program after us: it ended with exit code 0")
+    client.echo()
+    proxy.process.send_signal(signal.SIGTERM)
+    assert proxy.wait_exit() == 0
+    assert not proxy.log("ERROR")
+
+
+def test_the_program_outlives_its_caretaker(rig: Rig) -> None:
+    """SIGKILL cannot be passed on: docs/operations.md says how to find the one that is left, and how to end it."""
+    proxy = rig.proxy()
+    second = exchange(proxy)
+    poll(lambda: b"lifeline" in Path(f"/proc/{proxy.process.pid}/cmdline").read_bytes(), "the caretaker")
+    proxy.process.kill()
+    proxy.process.wait()
+    client = rig.client()
+    client.req_pq()
+    assert Path(f"/proc/{second}/comm").read_text() == "telemt\n"        # what pidof looks for
+    os.kill(second, signal.SIGTERM)
+    poll(lambda: gone(second), "its end")
+    client.expect_closed()
+    proxy.wait_log("Shutting down")
+    proxy.check_output()
+
+
 def test_a_session_through_the_middle_end(rig: Rig) -> None:
     """The old program keeps the link that a session is bound to; the new one has links before it accepts."""
     with MeWorld({2: 1}) as world:

@@ -278,9 +278,9 @@ def test_waiting_for_changes_wakes_a_quiet_proxy_once_a_second(rig: Rig) -> None
         status = Path(f"/proc/{proxy.pid}/status").read_text()
         return int(status.split("voluntary_ctxt_switches:")[1].split()[0])
 
-    before, spent = switches(), proxy.cpu()
-    time.sleep(3)
-    assert switches() - before <= 8
+    before, spent, begin = switches(), proxy.cpu(), time.monotonic()
+    time.sleep(3)                                           # longer on a machine that is busy elsewhere
+    assert switches() - before <= 2 + 2 * (time.monotonic() - begin)
     assert proxy.cpu() - spent <= 0.05
 
 

@@ -100,9 +100,8 @@ try:
     found["exchange"] = systemctl("kill", "--kill-whom=main", "-s", "USR2", "telemt.service")
     found["exchanged"] = wait(lambda: fact("MainPID") not in ("0", pid)) and wait(said, "Took over from the program before")
     found["still"] = systemctl("is-active", "telemt.service"), wait(lambda: ask("GET", "/v1/users/carol")["ok"])
-    began = time.monotonic()
     systemctl("stop", "telemt.service")
-    found["stopped_s"], found["result"] = time.monotonic() - began, fact("Result")
+    found["result"] = fact("Result")                       # not "timeout", not "signal"
     found["template"] = systemctl("start", "telemt@1.service", "telemt@2.service")
     found["both"] = [systemctl("is-active", f"telemt@{n}.service") for n in (1, 2)]
     found["doors"] = open("/out/log").read().count("Listening on 0.0.0.0:444")
@@ -211,7 +210,7 @@ def test_reload_exchange_and_stop(found: dict[str, Any]) -> None:
 
 def test_a_program_that_came_by_an_exchange_stops_in_order(found: dict[str, Any]) -> None:
     """systemd 252 killed it at once, without the time to write anything: it was no child of process 1 when it became the main process."""
-    assert found["result"] == "success" and found["stopped_s"] < 6, found["log"]
+    assert found["result"] == "success", found
     assert found["log"].split("Took over from the program before")[1].count("Shutting down...") == 1, found["log"]
 
 
