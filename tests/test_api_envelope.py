@@ -13,7 +13,7 @@ REVISION = "c327e5db0d54057026c0c58585abf66c84e3cc4d3de5e073112ff7b7d7332da1"
 
 
 def test_success_is_one_compact_line() -> None:
-    assert success_body('{"status":"ok"}', REVISION) == b'{"ok":true,"data":{"status":"ok"},"revision":"%s"}' % REVISION.encode()
+    assert b"".join(success_body('{"status":"ok"}', REVISION)) == b'{"ok":true,"data":{"status":"ok"},"revision":"%s"}' % REVISION.encode()
 
 
 def test_error_has_a_request_id_and_no_revision() -> None:

@@ -54,11 +54,18 @@ class Stub:
         self.site = site
 
 
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a connection over loopback, with the buffers and deadlines of the real thing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = socket.create_connection(server.getsockname())
+        return near, server.accept()[0]
+
+
 class Talk:
     """A client at one end of a socket pair, a Handler at the other."""
 
-    def __init__(self) -> None:
-        self.sock, far = socket.socketpair()
+    def __init__(self, *, tcp: bool = False) -> None:
+        self.sock, far = tcp_pair() if tcp else socket.socketpair()
         self.sock.settimeout(20)
         self.site = Echo()
         self.failure: list[OSError] = []
@@ -264,30 +271,74 @@ def test_at_most_1000_requests_per_connection(talk: Talk, monkeypatch: pytest.Mo
     assert b"Connection: close" in found or found.count(b"HTTP/1.1 200") == 3
 
 
-# -- deadlines: the real ones are seconds, here they are short ---------------------------------------------------------------------
+def test_the_same_request_again_is_known_and_every_other_one_is_read(talk: Talk) -> None:
+    """A panel's request is parsed once; one that begins or ends like it, has a body, or is cut short is another one."""
+    same, other = b"GET /same HTTP/1.1\r\nHost: a\r\n\r\n", b"GET /sane HTTP/1.1\r\nHost: a\r\n\r\n"
+    post = b"POST /same HTTP/1.1\r\nContent-Length: 1\r\n\r\n"
+    pieces = [same, same, other, same, same, post + b"x", post + b"y", same[:-2], b"Accept: b\r\n\r\n", same + same, b"\r\n" + same,
+              b"\r\n" + same, post, b"z", same]
+    found = b""
+    for piece in pieces:                       # the server sees each by itself: it waits for what comes next
+        talk.send(piece)
+        until = found.count(b"HTTP/1.1 200") + piece.count(b"\r\n\r\n") - (piece == post)
+        until += piece == b"z"
+        while found.count(b"HTTP/1.1 200") < until:
+            found += talk.sock.recv(65536)
+    assert talk.site.asked == ["/same", "/same", "/sane", *["/same"] * 11]
+    assert [body for _, body in split_answers(found)][5:7] == [b"POST /same x", b"POST /same y"]
 
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
+
+def test_a_close_in_a_known_request_still_closes(talk: Talk) -> None:
+    talk.send(b"GET / HTTP/1.1\r\n\r\n")
+    assert talk.sock.recv(65536).startswith(b"HTTP/1.1 200")
+    assert [status for status, _ in talk.answers(b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n", end=False)] == [200]
+
+
+def test_a_long_answer_arrives_whole() -> None:
+    """More than any socket buffer takes, to a client that reads late."""
+    talk = Talk(tcp=True)
+    talk.site.answer = lambda request: Answer(200, "text/plain", [b"x" * 6_000_000, b"y" * 6_000_000])      # type: ignore[method-assign]
+    talk.send(b"GET / HTTP/1.1\r\n\r\n")
+    talk.sock.shutdown(socket.SHUT_WR)
+    assert split_answers(talk.rest()) == [(200, b"x" * 6_000_000 + b"y" * 6_000_000)]
+    talk.close()
+
+
+def test_the_date_is_that_of_the_second(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for now in (0.5, 0.9, 1.0, 86_400.0, 1.0):
+        monkeypatch.setattr(api.time, "time", lambda now=now: now)
+        talk.send(b"GET / HTTP/1.1\r\n\r\n")
+        found.append(talk.sock.recv(65536).partition(b"Date: ")[2].partition(b"\r\n")[0])
+    first, second, day = (b"Thu, 01 Jan 1970 00:00:00 GMT", b"Thu, 01 Jan 1970 00:00:01 GMT", b"Fri, 02 Jan 1970 00:00:00 GMT")
+    assert found == [first, first, second, day, second]
+
+
+# -- deadlines: the real ones are seconds, here the one in question is short ---------------------------------------------------------
+
+def shorten(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Only this one: on a busy machine a thread may not run for longer."""
     assert (api.HEAD_S, api.BODY_S, api.IDLE_S, api.WRITE_S) == (10, 10, 30, 10)
-    for name in ("HEAD_S", "BODY_S", "IDLE_S", "WRITE_S"):
-        monkeypatch.setattr(api, name, 0.2)
+    monkeypatch.setattr(api, name, 0.2)
 
 
-@pytest.mark.usefixtures("short")
 class TestDeadlines:
-    def test_a_silent_client_is_closed_silently(self) -> None:
+    def test_a_silent_client_is_closed_silently(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        shorten(monkeypatch, "IDLE_S")
         talk = Talk()
         assert talk.rest() == b""
         talk.close()
 
-    def test_a_slow_head_is_408(self) -> None:
+    def test_a_slow_head_is_408(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        shorten(monkeypatch, "HEAD_S")
         talk = Talk()
         talk.send(b"GET / HT")
         assert split_answers(talk.rest()) == [(408, b"request_timeout")]
         talk.close()
 
-    def test_trickled_bytes_do_not_move_the_deadline(self) -> None:
+    def test_trickled_bytes_do_not_move_the_deadline(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Slow loris: a byte now and then keeps no place."""
+        shorten(monkeypatch, "HEAD_S")
         talk = Talk()
         stop = threading.Event()
 
@@ -305,17 +356,31 @@ class TestDeadlines:
         talk.close()
 
     @pytest.mark.parametrize("body", [b"Content-Length: 5\r\n\r\nab", b"Transfer-Encoding: chunked\r\n\r\n5\r\nab"])
-    def test_a_slow_body_is_408(self, body: bytes) -> None:
+    def test_a_slow_body_is_408(self, body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+        shorten(monkeypatch, "BODY_S")
         talk = Talk()
         talk.send(b"POST / HTTP/1.1\r\n" + body)
         assert split_answers(talk.rest()) == [(408, b"request_timeout")]
         talk.close()
 
-    def test_a_client_that_does_not_read_is_left(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        talk = Talk()
+    @pytest.mark.parametrize("tcp", [False, True])
+    def test_a_client_that_does_not_read_is_left(self, monkeypatch: pytest.MonkeyPatch, tcp: bool) -> None:
+        shorten(monkeypatch, "WRITE_S")
+        talk = Talk(tcp=tcp)
         monkeypatch.setattr(talk.site, "answer", lambda request: Answer(200, "text/plain", [b"x" * 10_000_000]))
         talk.send(b"GET / HTTP/1.1\r\n\r\n")
         talk._thread.join(20)
+        assert isinstance(talk.failure[0], TimeoutError)
+        talk.close()
+
+    def test_who_reads_a_little_now_and_then_does_not_move_the_deadline(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        shorten(monkeypatch, "WRITE_S")
+        talk = Talk(tcp=True)
+        monkeypatch.setattr(talk.site, "answer", lambda request: Answer(200, "text/plain", [b"x" * 100_000_000]))
+        talk.send(b"GET / HTTP/1.1\r\n\r\n")
+        while talk._thread.is_alive():
+            talk.sock.recv(4096)
+            talk._thread.join(0.01)
         assert isinstance(talk.failure[0], TimeoutError)
         talk.close()
 
@@ -464,6 +529,23 @@ def test_no_thread_left_costs_the_listener_only(monkeypatch: pytest.MonkeyPatch)
     made.start(lambda at: None)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(made.address, timeout=20)
+
+
+def test_no_thread_left_costs_one_connection(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is closed, its place comes back, and the next one is served."""
+    with monkeypatch.context() as patch:
+        def refuse(*_: object) -> None:
+            raise RuntimeError("can't start new thread")
+
+        patch.setattr(api._thread, "start_new_thread", refuse)
+        with socket.create_connection(listener.address) as sock:
+            sock.settimeout(20)
+            assert sock.recv(1) == b""
+    assert listener._server is not None and not listener._server._wires
+    with socket.create_connection(listener.address) as sock:
+        sock.settimeout(20)
+        sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize(("host", "ip"), [

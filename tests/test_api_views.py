@@ -70,6 +70,36 @@ def test_zero_all(counters: Counters) -> None:
     same(found, example("/v1/stats/zero/all"))
 
 
+def test_zero_all_as_it_changes(counters: Counters) -> None:
+    """Its text is a format, and the middle end's part is kept from poll to poll: it is always what the views say."""
+    form, telemetry = api.make_middle_form(counters.me), settings_of("").general.telemetry
+
+    def check() -> None:
+        found = json.loads(api.render_zero_all(counters, form, telemetry, 1.0, 2, NOW_S))
+        core = api.view_head(counters, 1.0, 2) | {
+            "telemetry_core_enabled": telemetry.core_enabled, "telemetry_user_enabled": telemetry.user_enabled,
+            "telemetry_me_level": telemetry.me_level}
+        same(found["core"], core | api.view_refusals(counters))
+        same(found["upstream"], api.view_upstream_totals(counters))
+        middle = json.loads(f"{{{api.render_middle_totals(counters.me, api.make_middle_form(counters.me))}}}")
+        same({name: found[name] for name in middle}, middle)
+
+    check()
+    counters.me.totals["handshake_reject_total"] += 1
+    check()
+    counters.me.error_codes[-7] = 1
+    check()
+    counters.me.error_codes[-7] = 2
+    check()
+    counters.me.draining = 4
+    check()
+    counters.gate(True, "debug")
+    check()
+    for mapping in (counters.bad_by_class, counters.failures_by_class, counters.failures_by_stage):
+        mapping.clear()                        # type: ignore[attr-defined]
+        check()
+
+
 def test_summary(counters: Counters) -> None:
     same(api.view_head(counters, 86411.532109, 2), example("/v1/stats/summary"))
 

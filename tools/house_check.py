@@ -98,6 +98,7 @@ POLICIES: dict[str, Policy] = {
         fd_room="http",
         catch_all={
             "Store._publish": "the file is written: whatever our own code does now, the answer says so",
+            "HttpServer._serve_one": "one connection costs itself, never the thread that accepts (as in socketserver)",
             "ControlApi.answer": "one request costs an answer 500 and a traceback in the log, never the thread's connection",
             "MetricsSite.answer": "the same",
         },
