@@ -1,5 +1,7 @@
 """tools/bench: its arithmetic, its documents and its guard (the measuring itself is `make bench`, never a test)."""
 import json
+from collections import Counter
+from itertools import pairwise, permutations, product
 
 import pytest
 
@@ -172,12 +174,22 @@ def test_capacity_is_arithmetic():
 @pytest.mark.parametrize(("ratios", "shown"), [([0.9, 0.99, 1.01], "0.990 |"), ([0.9, 0.96, 1.01], "**0.960 (missed)** |")])
 def test_the_cost_of_watching_is_the_median_of_the_rounds(ratios, shown):
     """Every round is compared with the quiet run of the same round; the control has no target."""
-    quiet = [bench_api.Run(speed, 0.3) for speed in (1000.0, 500.0, 2000.0)]
-    watched = [bench_api.Run(run.mb_per_s * ratio, 0.306) for run, ratio in zip(quiet, ratios, strict=True)]
-    lines = bench_api.report({"quiet": quiet, "panel": watched, "elsewhere": watched, "watchers": quiet}).splitlines()
-    assert shown in lines[3] and lines[3].endswith("0.306 s/GB | 1.020 |")
-    assert "missed" not in lines[4] and lines[5].count(" 1.000 |") == 2
+    quiet = [bench_api.Run(speed, 0.3, 0.0, 0.0) for speed in (1000.0, 500.0, 2000.0)]
+    watched = [bench_api.Run(run.mb_per_s * ratio, 0.306, 5.5, 6.0) for run, ratio in zip(quiet, ratios, strict=True)]
+    found = {"quiet": quiet, "again": quiet, "panel": watched, "elsewhere": watched, "watchers": quiet}
+    lines = bench_api.report(found).splitlines()
+    assert shown in lines[4] and lines[4].endswith("0.306 s/GB | 1.020 | 5.5 ms/s, 0.11 ms per poll | 6.0 ms/s |")
+    assert f"| {(0.9 + ratios[1]) / 2:.3f}-{(1.01 + ratios[1]) / 2:.3f} |" in lines[4]
+    assert "missed" not in lines[5] and lines[6].count(" 1.000 |") == 2 and lines[3].endswith(" 1.000 | - | - |")
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_every_way_of_watching_comes_at_every_place_and_after_every_other():
+    """Or what a run leaves behind would always hit the same one."""
+    ways = list(bench_api.VISITORS)
+    orders = [bench_api.order_of(number) for number in range(2 * len(ways))]
+    assert Counter((way, order.index(way)) for order in orders for way in ways) == dict.fromkeys(product(ways, range(len(ways))), 2)
+    assert Counter(pair for order in orders for pair in pairwise(order)) == dict.fromkeys(permutations(ways, 2), 2)
 
 
 def test_pollers_are_compared_in_one_table():

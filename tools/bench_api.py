@@ -2,15 +2,17 @@
 
 usage: bench_api.py [--rounds N] [--seconds S] [--write]
 
-One FakeTLS download at full speed through a proxy with 1,000 users, in four ways that take turns, so that whatever else the machine does
-hits all of them:
+One FakeTLS download at full speed through a proxy with 1,000 users, in five ways that take turns, in another order every round, so that
+whatever else the machine does hits all of them:
 
     quiet       nobody asks
-    panel       another process asks for stats/zero/all 50 times and for the list of users once a second
+    again       nobody asks once more: how far two equal runs are apart
+    panel       another process (bench_panel.py) asks for stats/zero/all 50 times and for the list of users once a second
     elsewhere   the same, but of another proxy: what the panel takes from the processors, and not from ours
     watchers    two open status pages (the requests of each page, in its rhythm) and `telemt.py top`
 
-The ratios are those of one round; the figures are medians.  --write puts them into docs/performance.md.
+A ratio is that of two runs of one round; shown are the median of the rounds and its quartiles.  --write puts them into
+docs/performance.md.
 """
 from __future__ import annotations
 
@@ -25,10 +27,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import NamedTuple
 
+import bench_panel
 import bench_peers as peers
 import bench_report
 from bench import MIB, ROOT, SECRET, TOOLS, Worker
@@ -85,34 +89,6 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def ask(sock: socket.socket, path: str) -> None:
-    """One request over a kept connection; the answer is read and dropped."""
-    sock.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-    head = b""
-    while b"\r\n\r\n" not in head:
-        head += sock.recv(65536)
-    block, _, body = head.partition(b"\r\n\r\n")
-    assert block.startswith(b"HTTP/1.1 200"), block
-    left = int(block.partition(b"Content-Length: ")[2].split()[0]) - len(body)
-    while left > 0:
-        left -= len(sock.recv(min(left, 1 << 20)))
-
-
-def poll(port: int) -> None:
-    """Be the panel, until somebody ends this process."""
-    with socket.create_connection(("127.0.0.1", port)) as sock:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        begin, count = time.perf_counter(), 0
-        while True:
-            if count % 900 == 899:                 # a connection serves 1,000 requests
-                return poll(port)
-            ask(sock, "/v1/stats/zero/all")
-            if count % ZERO_PER_S == 0:
-                ask(sock, "/v1/users")
-            count += 1
-            time.sleep(max(0.0, begin + count / ZERO_PER_S - time.perf_counter()))
-
-
 PAGE: dict[str, float] = {            # what the page asks for, and how often (seconds); above 300 users the list comes every 15
     "/stats/zero/all": 5, "/users": 15, "/runtime/gates": 5, "/health": 15, "/health/ready": 15, "/stats/minimal/all": 15,
     "/stats/upstreams": 15, "/runtime/connections/summary": 15, "/system/info": 1e9, "/security/posture": 1e9}
@@ -120,13 +96,14 @@ PAGE: dict[str, float] = {            # what the page asks for, and how often (s
 
 def watch(port: int) -> None:
     """Be an open status page, until somebody ends this process."""
-    with socket.create_connection(("127.0.0.1", port)) as sock:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    scrap = bytearray(MIB)
+    requests = {path: b"GET /v1%s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path.encode() for path in PAGE}
+    with bench_panel.connect(port) as sock:
         due = dict.fromkeys(PAGE, time.perf_counter())
         while True:
             path, at = min(due.items(), key=operator.itemgetter(1))
             time.sleep(max(0.0, at - time.perf_counter()))
-            ask(sock, "/v1" + path)
+            bench_panel.ask(sock, requests[path], scrap)
             due[path] += PAGE[path]
 
 
@@ -142,36 +119,53 @@ def run_top(config: Path) -> None:
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
-VISITORS: dict[str, tuple[str, ...]] = {"quiet": (), "panel": ("--poll",), "elsewhere": ("--poll-other",),
-                                        "watchers": ("--watch", "--watch", "--top")}
+VISITORS: dict[str, tuple[str, ...]] = {"quiet": (), "again": (), "panel": ("panel",), "elsewhere": ("other",),
+                                        "watchers": ("page", "page", "top")}
 
 
 class Run(NamedTuple):
     """One timed stretch of a download."""
 
     mb_per_s: float
-    cpu_s_per_gb: float
+    loop_s_per_gb: float           # CPU of the proxy's loop
+    api_ms_per_s: float            # of its other threads
+    own_ms_per_s: float            # of those who watch
 
 
-def stretch(proxy: ApiProxy, seconds: float, scrap: bytearray) -> Run:
-    """Download for about `seconds`; handshake and the first burst do not count."""
+def cpu_s(pid: int) -> tuple[float, float]:
+    """CPU seconds of a process: of its first thread, of the others that live (nanosecond resolution)."""
+    found = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            found[int(task.name)] = int((task / "schedstat").read_text().split()[0]) / 1e9
+    first = found.pop(pid)
+    return first, sum(found.values())
+
+
+def stretch(proxy: ApiProxy, seconds: float, scrap: bytearray, watching: Sequence[int] = ()) -> Run:
+    """Download for about `seconds`; handshake and the first burst do not count.  watching: processes whose CPU is counted too."""
     with connect(proxy.port, "tls", SECRET, peers.SOURCE) as sock:
         read_exactly(sock, 8 * MIB)
-        size, begin, cpu = 0, time.perf_counter(), proxy.cpu_s()
+        pids = (proxy.process.pid, *watching)
+        size, begin, before = 0, time.perf_counter(), [cpu_s(pid) for pid in pids]
         while time.perf_counter() < begin + seconds:
             got = sock.recv_into(scrap)
             if not got:
                 break
             size += got
         took = time.perf_counter() - begin
-        return Run(size / took / 1e6, (proxy.cpu_s() - cpu) / size * 1e9)
+        spent = [(first - first_then, rest - rest_then)
+                 for (first, rest), (first_then, rest_then) in zip(map(cpu_s, pids), before, strict=True)]
+        (loop, api), own = spent[0], sum(map(sum, spent[1:]))
+        return Run(size / took / 1e6, loop / size * 1e9, api / took * 1e3, own / took * 1e3)
 
 
 def begin(visitors: tuple[str, ...], proxy: ApiProxy, other: ApiProxy) -> list[subprocess.Popen[bytes]]:
     """Start those who watch."""
-    words = {"--poll": ["--poll", str(proxy.api_port)], "--poll-other": ["--poll", str(other.api_port)],
-             "--watch": ["--watch", str(proxy.api_port)], "--top": ["--top", str(proxy.config)]}
-    return [subprocess.Popen([sys.executable, __file__, *words[visitor]]) for visitor in visitors]
+    panel = ["-I", "-S", str(TOOLS / "bench_panel.py")]
+    words = {"panel": [*panel, str(proxy.api_port), str(ZERO_PER_S)], "other": [*panel, str(other.api_port), str(ZERO_PER_S)],
+             "page": [__file__, "--watch", str(proxy.api_port)], "top": [__file__, "--top", str(proxy.config)]}
+    return [subprocess.Popen([sys.executable, *words[visitor]]) for visitor in visitors]
 
 
 def end(running: list[subprocess.Popen[bytes]]) -> None:
@@ -180,6 +174,14 @@ def end(running: list[subprocess.Popen[bytes]]) -> None:
         assert process.poll() is None, f"{process.args!r} ended"
         process.terminate()
         process.wait(20)
+
+
+def order_of(number: int) -> list[str]:
+    """The ways in the order of a round (a Williams design): in ten rounds each has every place and every predecessor twice."""
+    names = list(VISITORS)
+    steps = [step // 2 + 1 if step % 2 else -(step // 2) for step in range(len(names))]       # 0, 1, -1, 2, -2
+    order = [names[(number // 2 + step) % len(names)] for step in steps]
+    return order[::-1] if number % 2 else order
 
 
 def measure(rounds: int, seconds: float) -> dict[str, list[Run]]:
@@ -192,14 +194,12 @@ def measure(rounds: int, seconds: float) -> dict[str, list[Run]]:
         proxy, other = ApiProxy(Path(folder), dc_port), ApiProxy(Path(elsewhere), dc_port)
         try:
             stretch(proxy, seconds / 2, scrap)
-            order = list(VISITORS)
-            for _ in range(rounds):
-                for name in order:
+            for number in range(rounds):
+                for name in order_of(number):
                     running = begin(VISITORS[name], proxy, other)
-                    time.sleep(0.7 if running else 0.1)        # interpreters start, the first answers are read
-                    found[name].append(stretch(proxy, seconds, scrap))
+                    time.sleep(0.7)                            # interpreters start, the first answers are read
+                    found[name].append(stretch(proxy, seconds, scrap, [process.pid for process in running]))
                     end(running)
-                order.append(order.pop(0))
         finally:
             for worker in (proxy, other, dc):
                 worker.stop()
@@ -208,46 +208,50 @@ def measure(rounds: int, seconds: float) -> dict[str, list[Run]]:
 
 def middle(runs: list[Run]) -> Run:
     """Median of each figure."""
-    return Run(median(run.mb_per_s for run in runs), median(run.cpu_s_per_gb for run in runs))
+    return Run(*(median(figures) for figures in zip(*runs, strict=True)))
 
 
-def ratio(runs: list[Run], quiet: list[Run]) -> float:
-    """Median of the throughput of each round as a part of the quiet one's."""
-    return median(mine.mb_per_s / theirs.mb_per_s for mine, theirs in zip(runs, quiet, strict=True))
+def ratios(runs: list[Run], quiet: list[Run]) -> tuple[float, float, float]:
+    """The throughput of each round as a part of the quiet one's: lower quartile, median, upper quartile."""
+    found = [mine.mb_per_s / theirs.mb_per_s for mine, theirs in zip(runs, quiet, strict=True)]
+    low, middle, high = quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
+    return low, middle, high
 
 
-ROWS = (("panel", "a panel: 50 polls and one list a second", TARGET), ("elsewhere", "the same panel at another process (control)", 0.0),
-        ("watchers", "two open status pages and one `top`", TARGET))
+ROWS = (("again", "nobody, once more (noise)", 0.0), ("panel", f"a panel: {ZERO_PER_S} polls and one list a second", TARGET),
+        ("elsewhere", "the same panel at another process (control)", 0.0), ("watchers", "two open status pages and one `top`", TARGET))
 
 
 def report(found: dict[str, list[Run]]) -> str:
     """Markdown of a measurement."""
     quiet = middle(found["quiet"])
-    lines = ["| who watches, 1,000 users | target | download | ratio | CPU of the proxy, API included | ratio |",
-             "|---|---|---|---|---|---|",
-             f"| nobody | - | {quiet.mb_per_s:.0f} MB/s | 1 | {quiet.cpu_s_per_gb:.3f} s/GB | 1 |"]
+    heads = ("who watches, 1,000 users", "target", "download", "ratio", "quartiles", "CPU of the loop", "ratio", "of the API's threads",
+             "of who watches")
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads),
+             f"| nobody | - | {quiet.mb_per_s:.0f} MB/s | 1 | - | {quiet.loop_s_per_gb:.3f} s/GB | 1 | - | - |"]
     for name, label, target in ROWS:
-        mine, part = middle(found[name]), ratio(found[name], found["quiet"])
+        mine, (low, part, high) = middle(found[name]), ratios(found[name], found["quiet"])
         shown = f"{part:.3f}" if part >= target else f"**{part:.3f} (missed)**"
         goal = f">= {target}" if target else "-"
-        lines.append(f"| {label} | {goal} | {mine.mb_per_s:.0f} MB/s | {shown} | {mine.cpu_s_per_gb:.3f} s/GB | "
-                     f"{mine.cpu_s_per_gb / quiet.cpu_s_per_gb:.3f} |")
+        api = f"{mine.api_ms_per_s:.1f} ms/s" if VISITORS[name] and name != "elsewhere" else "-"
+        if name == "panel":
+            api += f", {mine.api_ms_per_s / ZERO_PER_S:.2f} ms per poll"
+        own = f"{mine.own_ms_per_s:.1f} ms/s" if VISITORS[name] else "-"
+        lines.append(f"| {label} | {goal} | {mine.mb_per_s:.0f} MB/s | {shown} | {low:.3f}-{high:.3f} | {mine.loop_s_per_gb:.3f} s/GB | "
+                     f"{mine.loop_s_per_gb / quiet.loop_s_per_gb:.3f} | {api} | {own} |")
     return "\n".join(lines)
 
 
 def main() -> int:
     """Measure and print; the exit code tells whether a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--poll", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--watch", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--top", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.poll:
-        poll(options.poll)
-    elif options.watch:
+    if options.watch:
         watch(options.watch)
     elif options.top:
         run_top(options.top)
@@ -257,7 +261,7 @@ def main() -> int:
     if options.write:
         page = ROOT / "docs" / "performance.md"
         page.write_text(bench_report.between(page.read_text(encoding="utf-8"), "polling", text), encoding="utf-8")
-    return bench_report.MISSED if any(ratio(found[name], found["quiet"]) < target for name, _, target in ROWS) else 0
+    return bench_report.MISSED if any(ratios(found[name], found["quiet"])[1] < target for name, _, target in ROWS) else 0
 
 
 if __name__ == "__main__":
