@@ -7404,6 +7404,7 @@ _CROWD: Final = 4
 _THRONG: Final = 32
 AGAIN: Final = -1                              # Flow.run(): nothing to read now
 _LENGTH: Final = struct.Struct(">H")
+_FULL_HEADER: Final = RECORD_HEAD + _LENGTH.pack(RECORD_OUT_MAX)
 _LINGER_NOT: Final = struct.pack("ii", 1, 0)     # SO_LINGER 1, 0: close() sends RST
 _NO_SPLICE: Final = frozenset((errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP))     # not here, rather than not now
 
@@ -7420,18 +7421,22 @@ def _pages(size: int) -> mmap.mmap:
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
-def set_aside(data: memoryview) -> memoryview:
-    """Return a copy of `data` that is given back to the system when nobody needs it any more.
+def set_aside(*parts: Bytes) -> memoryview:
+    """Return a copy of what lies in `parts` that is given back to the system when nobody needs it any more.
 
     malloc would keep it: after 300 stalled clients had left, 20-40 MB.  From 32 KiB on a mapping of its own costs little.
     """
-    if len(data) < _OWN_PAGES_MIN:
-        return memoryview(bytes(data))
+    size = sum(map(len, parts))
+    if size < _OWN_PAGES_MIN:
+        return memoryview(b"".join(parts))
     try:
-        copy = memoryview(_pages(len(data)))
+        copy = memoryview(_pages(size))
     except OSError:                            # 65,530 mappings are what a process may have
-        return memoryview(bytes(data))
-    copy[:] = data
+        return memoryview(b"".join(parts))
+    at = 0
+    for part in parts:
+        copy[at:at + len(part)] = part
+        at += len(part)
     return copy
 
 
@@ -7480,8 +7485,8 @@ class Arena:
         self.records = backend.region(_pages(_ARENA_SIZE))          # record headers stand in it for good
         self.single = memoryview(bytearray(RECORD_HEAD.ljust(_STRIDE, b"\0")))
         self.single_payload = self.single[RECORD_HEADER:]
-        self._payloads: list[memoryview] = []
         self._scatter: dict[int, list[memoryview]] = {}
+        self._parts: list[Bytes] = []          # header and payload of every record that output holds, as far as they were asked for
         self.can_scatter = hasattr(socket.socket, "recvmsg_into") and "no-scatter" not in paths
         self.can_splice = hasattr(os, "splice") and "no-splice" not in paths
         self.one_pass = "no-one-pass" not in paths     # else ciphers make new bytes, as a backend without Regions would
@@ -7501,11 +7506,23 @@ class Arena:
         """
         views = self._scatter.get(count)
         if views is None:
-            for at in range(len(self._payloads) * _STRIDE, count * _STRIDE, _STRIDE):
-                self.records.view[at:at + RECORD_HEADER] = RECORD_HEAD + _LENGTH.pack(RECORD_OUT_MAX)
-                self._payloads.append(self.records.view[at + RECORD_HEADER:at + _STRIDE])
-            views = self._scatter[count] = self._payloads[:count]
+            longest = max(self._scatter.values(), key=len, default=[])
+            views = self._scatter[count] = longest[:count]
+            for at in range(len(views) * _STRIDE, count * _STRIDE, _STRIDE):
+                self.records.view[at:at + RECORD_HEADER] = _FULL_HEADER
+                views.append(self.records.view[at + RECORD_HEADER:at + _STRIDE])
         return views
+
+    def as_records(self, size: int) -> list[Bytes]:
+        """Return `size` bytes of output with record headers between them, as parts to be sent; the views are made once."""
+        full, tail = divmod(size, RECORD_OUT_MAX)
+        parts, view = self._parts, self.output.view
+        for at in range(len(parts) // 2 * RECORD_OUT_MAX, full * RECORD_OUT_MAX, RECORD_OUT_MAX):
+            parts += (_FULL_HEADER, view[at:at + RECORD_OUT_MAX])
+        found = parts[:2 * full]
+        if tail:
+            found += (RECORD_HEAD + _LENGTH.pack(tail), view[size - tail:size])
+        return found
 
     def take_pipe(self) -> Pipe | None:
         """Return an empty pipe of 1 MiB, or None when there are enough or the system has none left."""
@@ -8124,54 +8141,41 @@ class Outlet:
                 return
         if pieces:
             self.pieces = []
-            if self.tls:
-                self._run_records(region, pieces)
-            else:
-                self._run_plain(region, pieces)
+            self._run_all(region, pieces)
 
-    def _run_plain(self, region: Region, pieces: list[tuple[int, int]]) -> None:
+    def _run_all(self, region: Region, pieces: list[tuple[int, int]]) -> None:
+        """Make one run of ciphertext of them; a piece that meets the end of a record goes on in the next."""
         target, crypt, to = self.arena.output, self.cipher.crypt, 0
         for at, size in pieces:
-            while size:
-                length = min(size, _OUTLET_CAPACITY - to)
-                crypt(region, at, target, to, length)
-                at, size, to = at + length, size - length, to + length
-                if to == _OUTLET_CAPACITY:
-                    self._push(target.view[:to], 0)
-                    to = 0
-        self._push(target.view[:to], len(pieces))
+            while size > (room := _OUTLET_CAPACITY - to):
+                crypt(region, at, target, to, room)
+                self._push_run(_OUTLET_CAPACITY, 0)
+                at, size, to = at + room, size - room, 0
+            crypt(region, at, target, to, size)
+            to += size
+        self._push_run(to, len(pieces))
 
-    def _run_records(self, region: Region, pieces: list[tuple[int, int]]) -> None:
-        """Fill as few records as possible; a piece that meets the end of one goes on in the next."""
-        total = sum([size for _, size in pieces])
-        arena, target, crypt = self.arena, self.arena.records, self.cipher.crypt
-        arena.scatter(_WRAP_RECORDS[min(bisect.bisect_left(_WRAP_RECORDS, -(-total // RECORD_OUT_MAX)), _BULK)])
-        done, room, to = 0, RECORD_OUT_MAX, RECORD_HEADER
-        for at, size in pieces:
-            while size:
-                length = min(size, room)
-                crypt(region, at, target, to, length)
-                at, size, done, to = at + length, size - length, done + length, to + length
-                room -= length
-                if not room:
-                    room, to = RECORD_OUT_MAX, to + RECORD_HEADER
-                    if done == _OUTLET_CAPACITY:
-                        self._push_records(done, 0)
-                        done, to = 0, RECORD_HEADER
-        self._push_records(done, len(pieces))
+    def _push_run(self, size: int, messages: int) -> None:
+        """Send the first `size` bytes of the output, as records if the client wants them."""
+        if self.tls:
+            self._push_parts(self.arena.as_records(size), messages)
+        else:
+            self._push(self.arena.output.view[:size], messages)
 
-    def _push_records(self, size: int, messages: int) -> None:
-        """Send `size` payload bytes that lie between record headers; the last header is put right, and back."""
-        full, tail = divmod(size, RECORD_OUT_MAX)
-        view, at = self.arena.records.view, full * _STRIDE
-        if not tail:
-            self._push(view[:at], messages)
+    def _push_parts(self, parts: list[Bytes], messages: int) -> None:
+        """The same for what lies in several places: one call, no copy."""
+        if not self.arena.can_scatter:
+            self._push(b"".join(parts), messages)
             return
-        _LENGTH.pack_into(view, at + 3, tail)
-        try:
-            self._push(view[:at + RECORD_HEADER + tail], messages)
-        finally:
-            _LENGTH.pack_into(view, at + 3, RECORD_OUT_MAX)
+        sent = 0
+        if not self._chunks:
+            try:
+                sent = self.sink.sock.sendmsg(parts)
+            except BlockingIOError:
+                sent = 0
+            self.sent += sent
+        if sent < sum(map(len, parts)):
+            self._keep(parts, sent, messages)
 
     def _push(self, data: Bytes, messages: int) -> None:
         sent = 0
@@ -8183,14 +8187,24 @@ class Outlet:
             self.sent += sent
             if sent == len(data):
                 return
+        self._keep([data], sent, messages)
+
+    def _keep(self, parts: list[Bytes], sent: int, messages: int) -> None:
+        """Queue what is left of them behind the first `sent` bytes: something is."""
+        at = 0
+        while sent >= len(parts[at]):
+            sent -= len(parts[at])
+            at += 1
+        rest = [memoryview(parts[at])[sent:], *parts[at + 1:]]
+        left = sum(map(len, rest))
+        if not self._chunks:
             self.sink.want(self.sink.mask | WRITE)
-        left = len(data) - sent
         chunk, count = self._chunks[-1] if self._chunks else (b"", [0])
         if isinstance(chunk, bytearray) and len(chunk) + left <= _CHUNK:
-            chunk += data
+            chunk += b"".join(rest)
             count[0] += messages
         else:
-            self._chunks.append((bytearray(data[sent:]) if left < _CHUNK else set_aside(memoryview(data)[sent:]), [messages]))
+            self._chunks.append((bytearray(b"".join(rest)) if left < _CHUNK else set_aside(*rest), [messages]))
         self.pending += left
         self.waiting += messages
         self.arena.queued += left
@@ -10414,6 +10428,8 @@ LINK_LIMIT: Final = 8 << 20              # where even the answers to pings stop:
 _AHEAD: Final = 256 << 10                # serialised ahead of the socket (D16)
 _LINK_LEVEL: Final = 2                   # QUANTA of one read: 256 KiB
 _LINK_ROOM: Final = 512 << 10            # a frame that needs more does not go through the arena
+_FRAME_LARGE: Final = 16_384             # from here on the end of a read is worth a thought
+_BEHIND: Final = 64                      # bytes behind a frame that are read too, because there may be padding between frames
 _STEPS_AT_ONCE: Final = 1024             # frames of a read beyond which the next ones are as small as can be
 _LINK_PHASE_S: Final = 10.0                   # nonce and handshake, each (D5)
 _PING_OLD_S: Final = 120.0
@@ -10464,7 +10480,7 @@ class Meta(NamedTuple):
 class LinkIn:
     """The receiving half of a link: whole reads are decrypted in one call, frames found in the result."""
 
-    __slots__ = ("arena", "backend", "stream", "decryptor", "reader", "level", "_plain", "_cipher", "_big")
+    __slots__ = ("arena", "backend", "stream", "decryptor", "reader", "level", "_frame", "_plain", "_cipher", "_big")
 
     def __init__(self, arena: Arena, backend: Backend, stream: Stream, shake: LinkHandshake) -> None:
         assert shake.decryptor is not None
@@ -10472,6 +10488,7 @@ class LinkIn:
         self.decryptor = shake.decryptor
         self.reader = FrameReader(0, shake.checksum)
         self.level = 0
+        self._frame = 0                        # bytes of the last frame
         self._plain, self._cipher = shake.take_rest()      # an incomplete frame; fewer than 16 bytes of ciphertext
         self._big: bytearray | None = None     # a frame beyond _LINK_ROOM, as far as it came
 
@@ -10481,7 +10498,7 @@ class LinkIn:
 
     def run(self) -> tuple[Region, list[tuple[int, int]]] | None:
         """Return (region, [(start, size) of payloads in it]) of one read, None at the end.  Raises OSError."""
-        region, quantum = self.arena.input, QUANTA[self.level]
+        region, quantum = self.arena.input, self._quantum()
         base = 0 if self._big is not None else self._place_plain()
         view, start = region.view, base + len(self._cipher)
         if self._cipher:
@@ -10492,8 +10509,6 @@ class LinkIn:
         if size == quantum:
             if self.reader.steps << 2 <= _STEPS_AT_ONCE:
                 self.level = min(self.level + 1, _LINK_LEVEL)
-        elif self.level and size << 2 < quantum:
-            self.level -= 1
         whole = start - base + size & -BLOCK_SIZE
         end = base + whole
         if whole:
@@ -10502,6 +10517,13 @@ class LinkIn:
         if self._big is not None:
             return self._grow(view[:end])
         return self._find(region, end)
+
+    def _quantum(self) -> int:
+        """How much to read.  Large frames are mostly alike, so bulk is read up to just behind one: what is kept is copied twice."""
+        quantum, frame = QUANTA[self.level], self._frame
+        if self.level < _LINK_LEVEL or frame < _FRAME_LARGE or frame > _LINK_ROOM or self._big is not None:
+            return quantum
+        return max(1, (quantum + (frame >> 1)) // frame) * frame - len(self._plain) + _BEHIND
 
     def _place_plain(self) -> int:
         size = len(self._plain)
@@ -10512,6 +10534,8 @@ class LinkIn:
     def _find(self, region: Region, end: int) -> tuple[Region, list[tuple[int, int]]]:
         spans, rest = self.reader.spans(region.view, 0, end)
         self._plain = bytes(region.view[rest:end]) if rest < end else b""
+        if spans:
+            self._frame = spans[-1][1] + RPC_FRAME_MIN
         if self.reader.steps > _STEPS_AT_ONCE:
             self.level = 0                     # very many very small frames: others have their turn between fewer of them
         if self.reader.needs > _LINK_ROOM:

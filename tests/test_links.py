@@ -373,6 +373,39 @@ class WatchedReader(telemt.FrameReader):
         return found
 
 
+class Plenty:
+    """A stream that always has as much as is asked for, up to the end of `data`."""
+
+    def __init__(self, data):
+        self.data, self.at, self.asked = memoryview(data), 0, []
+
+    def read_into(self, view, quantum):
+        self.asked.append(quantum)
+        size = min(quantum, len(self.data) - self.at)
+        view[:size] = self.data[self.at:self.at + size]
+        self.at += size
+        return size
+
+
+@pytest.mark.parametrize("size", [20_000, 65_536, 131_072, 200_000, 500_000, 600_000])
+def test_bulk_is_read_up_to_just_behind_a_frame(size, rng):
+    """What is left of a frame at the end of a read is copied twice: with frames of 64 KiB it was a quarter of everything."""
+    payloads = [rng.randbytes(size) for _ in range(5_000_000 // size)]
+    writer, key = telemt.FrameWriter(0), (bytes(32), bytes(16))
+    plain = b"".join([(frame := writer.frame(payload)) + telemt.padding(len(frame)) for payload in payloads])
+    stream = Plenty(BACKEND.cbc_encryptor(*key).update(plain))
+    shake = types.SimpleNamespace(decryptor=BACKEND.cbc_decryptor(*key), checksum=telemt.zlib.crc32, take_rest=lambda: (b"", b""))
+    inlet, found, kept = telemt.LinkIn(telemt.Arena(BACKEND), BACKEND, stream, shake), [], []
+    while (result := inlet.run()) is not None:
+        region, spans = result
+        found += [bytes(region.view[at:at + length]) for at, length in spans]
+        kept.append(len(inlet._plain))
+    assert found == payloads and inlet.reader.failed is None
+    if size < 512 << 10:                       # larger ones are put together elsewhere
+        bulk = [keeps for keeps, asked in zip(kept, stream.asked, strict=False) if asked > 100_000][2:]
+        assert len(bulk) > 3 and max(bulk) <= 256 and max(stream.asked) <= 600_000
+
+
 @pytest.mark.parametrize("flood", ["answers", "pings", "padding"])
 def test_tiny_frames_make_reads_small(rig, flood):
     """What a turn costs depends on the number of frames: bulk is read in bulk, a flood of tiny frames 16 KiB at a time."""

@@ -713,6 +713,43 @@ def test_outlet_sends_messages_in_order_in_as_few_records_as_possible(loop, tls,
     bench.close()
 
 
+class Narrow:
+    """A socket that takes `room` bytes of the next call and nothing before `room` is set again."""
+
+    def __init__(self, sock, room):
+        self.sock, self.room = sock, room
+
+    def sendmsg(self, parts):
+        return self.send(b"".join(parts))
+
+    def send(self, data):
+        if not self.room:
+            raise BlockingIOError
+        sent = self.sock.send(data[:self.room])
+        self.room = 0
+        return sent
+
+
+@pytest.mark.parametrize("paths", [(), ("no-scatter",)], ids=["parts", "joined"])
+@pytest.mark.parametrize("room", [0, 1, 4, 5, 6, 8213, 8214, 8215, 8219, 8220, 16_427, 16_428, 16_432, 16_436, 24_000])
+def test_outlet_goes_on_where_the_socket_stopped(loop, rng, room, paths):
+    """Record headers and payloads are sent from different places: what is left begins in any of them."""
+    bench = OutletBench(loop, True)
+    bench.outlet.arena = bench.arena = Arena(BACKEND, paths=paths)
+    real = bench.sink.sock
+    bench.sink.sock = narrow = Narrow(real, room)
+    bench.sink.send_some = narrow.send
+    bench.run([rng.randbytes(9000), rng.randbytes(9000)])          # 8214 + 8214 + 5 + 1582 bytes
+    total = 18_000 + 3 * 5
+    assert bench.outlet.sent == min(room, total) and bench.outlet.pending == total - bench.outlet.sent == bench.arena.queued
+    assert bench.outlet.waiting == (2 if room < total else 0)
+    bench.sink.sock, bench.sink.send_some = real, real.send
+    bench.run([b"behind it"])
+    sizes, payload = bench.drain()
+    assert sizes == [8209, 8209, 1582, 9] and payload == bench.wanted
+    bench.close()
+
+
 def test_outlet_counts_what_waits_and_joins_small_messages(loop):
     bench = OutletBench(loop, True, 2048)
     while not bench.outlet.pending:
