@@ -3445,6 +3445,8 @@ def _parse_shares(body: _Cursor) -> frozenset[int]:
         seen.append(group)
         if _SHARE_SIZE.get(group) == size:
             usable.add(group)
+    if body:                                   # more than the list: the extension does not parse to its end
+        raise WireError(Reason.HELLO_MALFORMED)
     return frozenset(group for group in usable if seen.count(group) == 1)
 
 
@@ -4554,10 +4556,10 @@ def parse_proxy_config(text: str, family: int) -> ProxyList:
     directives = _directives(text)
     for words in itertools.islice(directives, LIST_DIRECTIVES_MAX):
         if words[0] == "default" and len(words) == 2 and default_dc is None:
-            default_dc = _parse_number(words[1])
+            default_dc = _parse_dc(words[1])
         elif words[0] == "proxy_for" and len(words) == 3:
-            dc, target = _parse_number(words[1]), _parse_endpoint(words[2], family)
-            if dc and -32768 <= dc <= 32767 and target is not None:
+            dc, target = _parse_dc(words[1]), _parse_endpoint(words[2], family)
+            if dc and target is not None:
                 lines += 1
                 known = endpoints.get(dc, [])
                 if target in known:
@@ -4580,6 +4582,11 @@ def _directives(text: str) -> Iterator[list[str]]:
 def _parse_number(text: str) -> int | None:
     digits = text[1:] if text[:1] == "-" else text
     return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 10 else None
+
+
+def _parse_dc(text: str) -> int | None:
+    dc = _parse_number(text)
+    return dc if dc is not None and -32768 <= dc <= 32767 else None
 
 
 def _parse_endpoint(text: str, family: int) -> tuple[str, int] | None:
@@ -7316,24 +7323,28 @@ class WorkerPool:
 
 # -- files
 
-def write_whole(path: str, text: str | bytes, *, replace: bool, mode: int = 0o600) -> None:
+def write_whole(path: str, text: str | bytes, *, replace: bool, mode: int | None = 0o600) -> None:
     """Put a file of this text at `path`: all of it is there, or what was there before.  Raises OSError.
 
     An empty configuration would start as an open proxy next time, so a full disk or a signal must not leave one.  An
     existing file keeps its owner, and a symbolic link stays one.  Without `replace` a file that exists is an error.
+    mode: its permissions; None = those that it had, those of the umask for a new one.
     """
     path = os.path.realpath(path)
     before = os.stat(path) if os.path.exists(path) else None
     if before is not None and not (replace and stat.S_ISREG(before.st_mode)):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
     draft = f"{path}.{os.getpid()}.new"
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666 if mode is None else 0o600)
     try:
         with open(fd, "wb") as file:
+            if mode is None and before is not None:
+                mode = stat.S_IMODE(before.st_mode)
             if before is not None:
                 with contextlib.suppress(OSError):             # not ours to give away
                     os.fchown(fd, before.st_uid, before.st_gid)
-            os.fchmod(fd, mode)
+            if mode is not None:
+                os.fchmod(fd, mode)
             file.write(text.encode() if isinstance(text, str) else text)
             file.flush()
             os.fsync(fd)
@@ -7611,6 +7622,11 @@ class Stream:
         """Our own (ip, port).  Raises OSError."""
         name = self.sock.getsockname()
         return plain_ip(str(name[0])), int(name[1])
+
+    @property
+    def is_unix(self) -> bool:
+        """True for a unix socket, also when it is closed."""
+        return self.sock.family == socket.AF_UNIX
 
     def release(self) -> socket.socket:
         """Give the socket away, out of the poller: whoever takes it closes it."""
@@ -8360,11 +8376,13 @@ def tune_client(sock: socket.socket, keepalive_s: int, ack_s: int) -> None:
 
 def tune_link(sock: socket.socket) -> None:
     """Options of a link to the middle end (middle-proxy-wire.md 3)."""
-    set_option(sock, socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    set_option(sock, socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    done = set_option(sock, socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    done &= set_option(sock, socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 30_000)):
         if hasattr(socket, name):
-            set_option(sock, socket.IPPROTO_TCP, getattr(socket, name), value)
+            done &= set_option(sock, socket.IPPROTO_TCP, getattr(socket, name), value)
+    if not done:
+        log_streams.warn("Failed to configure Middle-End socket")
 
 
 OPTIONS_INHERITED: Final = sys.platform == "linux"
@@ -9214,7 +9232,7 @@ def keep_public_ip(path: str, ip: str) -> None:
     """Write the cache file, for a helper thread; nothing depends on it."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        write_whole(path, ip + "\n", replace=True, mode=0o644)
+        write_whole(path, ip + "\n", replace=True, mode=None)
     except (OSError, ValueError) as error:
         log_network.debug("Public IP cache cannot be written", path=ascii(path), error=error)
 
@@ -11284,6 +11302,7 @@ class Pool:
                 log_me.warn("ME KDF input drift detected", endpoint=format_address(*link.endpoint))
             case "port_only":
                 self.me.count("kdf_port_only_drift_total")
+                log_me.debug("ME KDF client port changed", endpoint=format_address(*link.endpoint))
         self.planner.on_link_ready(self.loop.now, link.id)
         self.replan()
 
@@ -11378,6 +11397,8 @@ _SECRET_RETRY_MAX_S: Final = 300.0
 _LIST_PAUSES_S: Final = (1.0, 5.0)       # between the attempts of one cycle
 _DOWNLOAD_S: Final = 15.0
 _USER_AGENT: Final = "telemt-middle-proxy/1"
+_NO_SSL: Final = ("no ssl module: proxy-secret and getProxyConfig cannot be downloaded"
+                  " (OpenWrt: python3-openssl ca-certificates)")
 
 
 class Download(NamedTuple):
@@ -11427,6 +11448,7 @@ class Directory:
         self.lists: dict[int, ProxyList] = {}          # in force, by family
         self._epoch = 0
         self._retry_s = _SECRET_RETRY_S
+        self._told_no_ssl = False
         self._applied_at = -math.inf
         self._timer: Timer | None = None
         self._cycle: dict[int, tuple[ProxyList, bytes] | None] | None = None     # answers of the cycle under way, with their texts
@@ -11458,7 +11480,7 @@ class Directory:
         try:
             data = self._judge_secret(result)
         except (TelemtError, OSError, ImportError) as error:
-            log_me.warn("proxy-secret download failed: %s; trying the cache file", describe(error))
+            self._complain(error, "proxy-secret download failed: %s; trying the cache file", describe(error))
             path = self.general.proxy_secret_path
             self.loop.offload(lambda: read_small_file(path, SECRET_BODY_MAX), self._on_cached_secret)
             return
@@ -11494,7 +11516,7 @@ class Directory:
         found = self._judge_list(family, result)
         if found is not None:
             self.rules[family].applied = list_content(found)       # D3: not to be applied again by the first cycles
-            self._keep(self._list_path(family), self._body_of(result), 0o644, "proxy list")
+            self._keep(self._list_path(family), self._body_of(result), None, "proxy list")
             self._settle(family, found)
             return
         path = self._list_path(family)
@@ -11530,7 +11552,7 @@ class Directory:
         """The list of a download that may be used, else None and a warning."""
         general = self.general
         if isinstance(result, Exception):
-            log_me.warn("fetch_proxy_config failed", family=family, error=describe(result))
+            self._complain(result, "fetch_proxy_config failed", family=family, error=describe(result))
             return None
         self._check_clock(result)
         found = parse_proxy_config(result.body.decode("utf-8", "replace"), family)
@@ -11545,6 +11567,14 @@ class Directory:
         if found.cut:
             log_me.warn("proxy list cut: only its first %d endpoints count", LIST_ENDPOINTS_MAX, family=family)
         return found
+
+    def _complain(self, why: Exception, text: str, *args: object, **fields: object) -> None:
+        """Warn about a failed download; without the ssl module all of them fail, and one line says so (platform.md 2)."""
+        if not isinstance(why, ImportError):
+            log_me.warn(text, *args, **fields)
+        elif not self._told_no_ssl:
+            self._told_no_ssl = True
+            log_me.warn(_NO_SSL)
 
     def _check_clock(self, result: Download) -> None:
         """A wrong clock makes every handshake fail: say so early."""
@@ -11617,7 +11647,7 @@ class Directory:
         for family, (found, body) in ready.items():
             self.rules[family].applied = list_content(found)
             self.lists[family] = found
-            self._keep(self._list_path(family), body, 0o644, "proxy list")
+            self._keep(self._list_path(family), body, None, "proxy list")
         log_me.info("proxy lists updated", families=sorted(ready))
         self._tell()
 
@@ -11625,7 +11655,7 @@ class Directory:
         try:
             data = self._judge_secret(result)
         except (TelemtError, OSError, ImportError) as error:
-            log_me.warn("proxy-secret update failed: %s", describe(error))
+            self._complain(error, "proxy-secret update failed: %s", describe(error))
             return
         if self.secret_rule.see(data, self.general.proxy_secret_stable_snapshots) != "ready":
             return
@@ -11640,7 +11670,7 @@ class Directory:
     def _list_path(self, family: int) -> str:
         return self.general.proxy_config_v4_cache_path if family == 4 else self.general.proxy_config_v6_cache_path
 
-    def _keep(self, path: str, data: bytes, mode: int, what: str) -> None:
+    def _keep(self, path: str, data: bytes, mode: int | None, what: str) -> None:
         """Write a cache file in a helper thread; a failure is worth a warning and no more."""
         def work() -> None:
             folder = os.path.dirname(path)
@@ -12165,7 +12195,7 @@ class Observer:
     @staticmethod
     def _write(path: str, rows: list[tuple[str, str, int]]) -> None:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        write_whole(path, format_observations(rows), replace=True, mode=0o644)
+        write_whole(path, format_observations(rows), replace=True, mode=None)
 
     def _on_written(self, result: Exception | None) -> None:
         self._writing = False
@@ -12774,8 +12804,6 @@ class DirectRelay:
     def start(self, opening: bytes, early: int) -> None:
         """Send `opening` (preamble and `early` bytes of the client, in one write) and go."""
         self.user.stats.current += 1
-        if self.host.count_users:
-            self.user.stats.connects += 1
         self.client.watch(READ, self.on_client)
         self.dc.watch(READ, self.on_dc)
         try:
@@ -12783,6 +12811,8 @@ class DirectRelay:
         except OSError as error:
             self.close(error)
             return
+        if self.host.count_users:              # not before the preamble is on its way (9.1)
+            self.user.stats.connects += 1
         if early:
             self._count_up(early)
 
@@ -12912,7 +12942,7 @@ class DirectRelay:
         self.dc.close()
         self.user.stats.current -= 1
         self.ticket.release()
-        report_end(error, peer=self.peer, user=self.user.name)
+        report_end(error, self.client, peer=self.peer, user=self.user.name)
         log_relay.debug("Relay finished", user=self.user.name, c2s_bytes=self.octets_up, s2c_bytes=self.octets_down)
         self.host.ended(self)
 
@@ -13017,7 +13047,7 @@ class DesyncLog:
         full = general.desync_all_full or first
         self.counters.desync(framing.frames, full)
         if full:
-            raw = error.prefix.ljust(4, b"\0")
+            raw = error.length.to_bytes(4, "little") if framing.name == "abridged" else error.prefix
             log_relay.warn(
                 "Frame too large \u2014 crypto desync forensics", trace_id=f"{seat.conn_id:016x}", conn_id=seat.conn_id,
                 user=relay.user.name, peer_hash=ip_hash.hex(), proto=framing.name, mode="middle_proxy",
@@ -13319,7 +13349,7 @@ class MiddleRelay:
         self.client.close()
         self.user.stats.current -= 1
         self.ticket.release()
-        report_end(error, peer=self.peer, user=self.user.name)
+        report_end(error, self.client, peer=self.peer, user=self.user.name)
         log_relay.debug("ME relay cleanup", user=self.user.name, conn_id=self.conn_id, c2s_bytes=self.octets_up, s2c_bytes=self.octets_down)
         self.host.ended(self)
 
@@ -13329,9 +13359,12 @@ _noise: Final = Noise()
 _GONE_CLIENT: Final = ConnectionResetError(errno.ECONNRESET, "client left")
 
 
-def report_end(error: Exception | None, **fields: object) -> None:
-    """Log why a connection ended, as client-protocol.md 2.5 words it; None = in good order."""
+def report_end(error: Exception | None, client: Stream, **fields: object) -> None:
+    """Log why a connection ended, as client-protocol.md 2.2 and 2.5 word it; None = in good order."""
     if error is None:
+        return
+    if client.is_unix:                         # somebody on this host, mostly our own load balancer
+        log_relay.debug("Unix socket connection error", **fields, error=describe(error))
         return
     if (error.errno if isinstance(error, OSError) else getattr(error, "code", 0)) in _GONE:
         log_relay.debug("Connection closed by client", **fields)
@@ -13710,7 +13743,7 @@ class ClientSession:
             self.dial.abort()
             self.core.masks.leave()
         self.stream.close()
-        report_end(error, peer=self.peer)
+        report_end(error, self.stream, peer=self.peer)
         self.core.ended(self)
 
 
@@ -13947,7 +13980,7 @@ class Routing:
             self.core.counters.me.count("fallback_sessions_total")
             self._go_direct()
         else:
-            self.close(RouteError("Middle-End not usable"))
+            self.close(RouteError("No ME writers available for target DC"))
 
     def _go_direct(self) -> None:
         """Dial the data centre itself."""
@@ -14051,7 +14084,7 @@ class Routing:
         if self.ticket is not None:
             self.ticket.release()
         self.stream.close()
-        report_end(error, peer=self.peer)
+        report_end(error, self.stream, peer=self.peer)
         self.core.ended(self)
 
 

@@ -192,6 +192,16 @@ def test_boot_clock_border():
     assert is_boot_clock(86_399_999) and not is_boot_clock(86_400_000)
 
 
+@pytest.mark.parametrize(("behind", "groups"), [(b"", {29}), (b"x", set())])
+def test_key_shares_that_do_not_fill_their_extension_are_absent(behind, groups):
+    """tls-front.md 9.3: the extension has to parse to its end."""
+    shares = b"\0\x1d\0\x20" + b"k" * 32
+    body = len(shares).to_bytes(2, "big") + shares + behind
+    extensions = b"\0\x33" + len(body).to_bytes(2, "big") + body
+    record = bytes((0x16, 3, 1, 0, 0, 1)) + bytes(37) + b"\0" + b"\0\2\x13\1" + b"\1\0" + len(extensions).to_bytes(2, "big") + extensions
+    assert parse_client_hello(record).groups == groups
+
+
 def test_digest_differs_in_any_signed_bit():
     record = bytearray(bytes.fromhex(FAKETLS["cases"][0]["record"]))
     record[300] ^= 1

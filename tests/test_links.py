@@ -747,6 +747,17 @@ def test_without_network_the_cache_files_serve(tmp_path):
     assert world.pool.secrets == [(SECRET_B, 1)] and world.pool.maps == [({2: (("2.2.2.2", 80),)}, {}, 2)]
 
 
+def test_without_the_ssl_module_one_line_says_what_cannot_be_downloaded(tmp_path, logged):
+    """platform.md 2."""
+    world = World(tmp_path, families=(4, 6))
+    world.directory.start()
+    for name in ("getProxySecret", "getProxyConfig", "getProxyConfigV6"):
+        world.answer(name, ModuleNotFoundError("No module named '_ssl'", name="_ssl"))
+    world.settle(lambda: world.pool.maps)
+    said = [line for level, line in logged if level is telemt.Level.WARN and "built-in" not in line]
+    assert said == ["no ssl module: proxy-secret and getProxyConfig cannot be downloaded (OpenWrt: python3-openssl ca-certificates)"]
+
+
 @pytest.mark.parametrize("cached", [None, b"short", bytes(300)])
 def test_without_any_secret_it_is_tried_again_and_again(tmp_path, cached):
     if cached is not None:

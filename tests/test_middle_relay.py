@@ -173,6 +173,16 @@ def test_desync_is_reported_in_full_once_a_minute_per_client(middle, monkeypatch
     assert any("frames_ok=3, conn_id=4386, trace_id=0x0000000000001122" in text for _, text in lines)
 
 
+def test_a_desync_of_an_abridged_client_shows_its_length(middle, monkeypatch):
+    """middle-proxy-wire.md 9: raw_bytes are the length in bytes, little-endian, not the words that came."""
+    lines = []
+    monkeypatch.setattr(telemt.LogBook, "threshold", telemt.Level.WARN)
+    monkeypatch.setattr(telemt.LogBook, "sink", lambda level, target, text: lines.append(text))
+    bench = middle(framing=telemt.Abridged, limit=4096)
+    bench.say(b"\xff\x16\x03\x01")
+    assert "raw_len=265304 raw_len_hex=0x00040c58 raw_bytes=580c0400 max_frame=4096 tls_like=false http_like=false" in lines[0]
+
+
 def test_quota_ends_the_session_after_the_answer_that_crosses_it(middle):
     bench = middle()
     bench.user.quota = bench.user.mark = 100

@@ -1,11 +1,12 @@
 """Room 19: counting, quota, half-close, idle, errors and the orderly stop of a running session."""
 import socket
+import types
 
 import pytest
 
 import telemt
 from telemt import Level, LogBook
-from tests.cases import FakeCore, client_preamble, read_all, settings_of
+from tests.cases import FakeCore, TestLoop, client_preamble, read_all, settings_of
 
 MODES = "[general.modes]\nsecure = true\n"
 
@@ -24,7 +25,7 @@ class Rig:
         self.loop.settle()
         self.opening, _ = read_all(self.dc)
         self.user = self.core.doorman.users.users["alice"]
-        (self.relay,) = self.core.relays
+        self.relay = next(iter(self.core.relays), None)      # None: it has ended already
 
     def up(self, size):
         self.client.sendall(bytes(size))
@@ -209,8 +210,33 @@ def test_close_twice_releases_once(make_rig):
      "Connection closed with error user=a error=Connection timeout to 1.2.3.4:443"),
 ])
 def test_end_of_connection_words(logged, error, level, text):
-    telemt.report_end(error, user="a")
+    telemt.report_end(error, types.SimpleNamespace(is_unix=False), user="a")
     assert logged == [(level, text)]
+
+
+def test_a_preamble_that_is_not_sent_is_no_connect_of_the_user(make_rig, monkeypatch):
+    """upstream-and-relay.md 9.1: a failure before the header is out changes neither counter."""
+    def fail(self, data):
+        raise BrokenPipeError(32, "Broken pipe")
+    monkeypatch.setattr(telemt.CopyFlow, "push", fail)
+    rig = make_rig()
+    assert rig.relay is None and rig.core.finished == 1
+    assert (rig.user.stats.connects, rig.user.stats.current, rig.user.sessions) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), telemt.RouteError("no way")])
+def test_an_end_on_the_unix_listener_is_worth_a_debug_line_only(logged, error):
+    """client-protocol.md 2.2; the socket may be closed by then."""
+    loop = TestLoop()
+    ends = socket.socketpair()
+    streams = [telemt.Stream(loop, end) for end in ends]
+    for stream in streams:
+        stream.close()
+    loop.settle()
+    telemt.report_end(error, streams[0], peer="127.0.0.1:1")
+    text = telemt.describe(error)
+    assert logged == [(Level.DEBUG, f"Unix socket connection error peer=127.0.0.1:1 error={text}")]
+    loop.dispose()
 
 
 def test_a_crash_in_a_flow_costs_its_session(make_rig, monkeypatch):

@@ -238,6 +238,15 @@ def test_proxy_config_mirrored(case):
     assert {dc for group in joined.groups for dc in (group, -group) if joined.exact(dc)} == set(wanted)
 
 
+@pytest.mark.parametrize(("text", "wanted"), [
+    ("default 0; default 3", 0), ("default 32768; default -32769; default 4", 4), ("default -32768", -32768),
+    ("default 32767; default 2", 32767),
+])
+def test_the_default_of_a_list_is_a_dc(text, wanted):
+    """middle-proxy-wire.md D2: -32768..32767 as in proxy_for; 0 stands for none."""
+    assert telemt.parse_proxy_config(text, 4).default_dc == wanted
+
+
 def test_a_list_is_read_so_far_and_no_further():
     """128 endpoints and 2,048 directives; a duplicate is a line and no endpoint."""
     row = "proxy_for 2 10.0.{}.{}:80;"

@@ -2,6 +2,7 @@
 import contextlib
 import random
 import socket
+import types
 
 import pytest
 
@@ -393,6 +394,17 @@ def test_failed_route_closes_and_releases(make_core):
     assert outcome(core, client) == (b"", True, None)
     assert core.doorman.users.users["alice"].sessions == 0
     client.close()
+
+
+def test_a_session_without_any_way_ends_at_once(make_core, logged):
+    """middle-proxy-wire.md 11, D13: nobody waits for the client's next frame."""
+    core = make_core()
+    core.pool = types.SimpleNamespace(route=lambda dc, has_direct: telemt.Refuse())
+    client = core.connect()
+    client.sendall(client_preamble()[0])
+    assert outcome(core, client) == (b"", True, None) and core.finished == 1
+    assert logged[-1] == (telemt.Level.WARN,
+                          "Connection closed with error peer=10.0.0.1:1234 error=No ME writers available for target DC")
 
 
 def test_scope_comes_from_the_user_name(make_core):

@@ -912,3 +912,11 @@ def test_a_released_socket_is_out_of_the_loop():
     sock.close()
     far.close()
     loop.dispose()
+
+
+def test_a_link_whose_options_are_refused_is_worth_a_warning(logged):
+    """middle-proxy-wire.md 3; a unix socket has no TCP options."""
+    one, other = socket.socketpair()
+    with one, other:
+        telemt.tune_link(one)
+    assert (telemt.Level.WARN, "Failed to configure Middle-End socket") in logged
