@@ -14,8 +14,9 @@ import doubles
 import telemt
 from tests.cases import BACKEND, LOCAL, TestLoop, settings_of
 
-hypothesis.settings.register_profile("dev", max_examples=60, deadline=None)
-hypothesis.settings.register_profile("big", max_examples=3000, deadline=None)
+SLOW_IS_WELL = [hypothesis.HealthCheck.too_slow]           # of the machine, not of the test
+hypothesis.settings.register_profile("dev", max_examples=60, deadline=None, suppress_health_check=SLOW_IS_WELL)
+hypothesis.settings.register_profile("big", max_examples=3000, deadline=None, suppress_health_check=SLOW_IS_WELL)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 FAILED = pytest.StashKey[bool]()

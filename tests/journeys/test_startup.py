@@ -34,7 +34,7 @@ def test_version(tmp_path: Path, option: str) -> None:
 def test_version_that_cannot_be_written(tmp_path: Path) -> None:
     """Found from outside: a traceback, and Python's exit code 120."""
     with open("/dev/full", "w", encoding="utf-8") as full:
-        run = subprocess.run([sys.executable, "-B", str(PROGRAM), "-V"], cwd=tmp_path, env=clean_env(), timeout=20, check=False,
+        run = subprocess.run([sys.executable, "-B", str(PROGRAM), "-V"], cwd=tmp_path, env=clean_env(), timeout=60, check=False,
                              stdout=full, stderr=subprocess.PIPE, text=True)
     assert (run.returncode, run.stderr) == (1, "telemt.py: cannot write to stdout: No space left on device\n")
 
