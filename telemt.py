@@ -193,7 +193,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeAlias, Type
 if TYPE_CHECKING:
     import argparse
     import http.client
-    from typing import NamedTuple, NoReturn, Protocol
+    from typing import BinaryIO, NamedTuple, NoReturn, Protocol
 
     from _typeshed import WriteableBuffer
 else:
@@ -7323,6 +7323,14 @@ class WorkerPool:
 
 # -- files
 
+def open_to_read(path: str, flags: int = 0) -> BinaryIO:
+    """Open a file for reading.  Raises OSError.
+
+    A pipe without a writer is not waited for, and a directory leaves no descriptor open, as it does with open(fd).
+    """
+    return open(path, "rb", opener=lambda name, mode: os.open(name, mode | os.O_NONBLOCK | os.O_NOCTTY | flags))
+
+
 def write_whole(path: str, text: str | bytes, *, replace: bool, mode: int | None = 0o600) -> None:
     """Put a file of this text at `path`: all of it is there, or what was there before.  Raises OSError.
 
@@ -11699,9 +11707,8 @@ def _fetch_nothing(_url: str, _limit: int, _done: Callable[[Download | Exception
 
 def read_small_file(path: str, limit: int) -> bytes:
     """The whole content of a regular file of at most `limit` bytes.  Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+    with open_to_read(path) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
         data = file.read(limit + 1)
     if len(data) > limit:
@@ -12737,9 +12744,8 @@ def _front_key(domain: str) -> str:
 
 def read_front_file(path: str) -> tuple[bytes, float]:
     """Return (content, mtime) of a cache file.  Raises OSError, ValueError for what is none."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)             # a FIFO must not hold up the start
-    with open(fd, "rb") as file:
-        facts = os.fstat(fd)
+    with open_to_read(path) as file:
+        facts = os.fstat(file.fileno())
         if not stat.S_ISREG(facts.st_mode) or facts.st_size > FRONT_FILE_MAX:
             raise ValueError("not a file of at most 1 MiB")
         return file.read(FRONT_FILE_MAX + 1), facts.st_mtime
@@ -14109,14 +14115,11 @@ def read_config_bytes(path: str) -> bytes:
 
     A pipe without a writer or a device without an end would be waited for until the end of days.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    with open(fd, "rb") as file:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not stat.S_ISREG(mode):
+    with open_to_read(path) as file:
+        facts = os.fstat(file.fileno())
+        if not stat.S_ISREG(facts.st_mode):
             raise ConfigError(f"{path}: not a regular file")
-        data = file.read(min(os.fstat(fd).st_size + 4096, _CONFIG_MAX) + 1)    # the limit alone would be 64 MiB of memory
+        data = file.read(min(facts.st_size + 4096, _CONFIG_MAX) + 1)           # the limit alone would be 64 MiB of memory
     if len(data) > _CONFIG_MAX:
         raise ConfigError(f"{path}: larger than {_CONFIG_MAX >> 20} MiB")
     return data
@@ -14352,9 +14355,8 @@ class QuotaState:
                 self._complain(error)
 
     def _read(self, path: str) -> bytes:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+        with open_to_read(path, os.O_NOFOLLOW) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError(errno.EINVAL, "not a regular file")
             data = file.read(_QUOTA_FILE_MAX + 1)
         if len(data) > _QUOTA_FILE_MAX:

@@ -2143,8 +2143,9 @@ class Store:
             remove_leftovers(os.path.realpath(path), time.time())
 
     def _read(self, path: str) -> bytes:
-        # Somebody may put a pipe there: whoever waited for its other end would hold the lock for ever.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        # Somebody may put a pipe there: whoever waited for its other end would hold the lock for ever.  And open(fd) would
+        # leave a descriptor behind for every request while a directory stands there.
+        with open(path, "rb", opener=lambda name, mode: os.open(name, mode | os.O_NONBLOCK)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError(errno.EINVAL, "not a regular file")
             return file.read()

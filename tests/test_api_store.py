@@ -216,6 +216,17 @@ def test_a_broken_file_is_named(tmp_path: Path, content: bytes, message: str) ->
     assert (status, code) == (500, "internal_error") and text.startswith(message)
 
 
+def test_a_directory_in_the_place_of_the_file_costs_no_descriptor(bench: Bench) -> None:
+    bench.path.unlink()
+    bench.path.mkdir()
+    before = os.listdir("/proc/self/fd")
+    for _ in range(3):
+        assert bench.refusal("create", "eve") == (500, "internal_error", "failed to read config: Is a directory (os error 21)")
+        with pytest.raises(ApiError, match="failed to read config"):
+            bench.store.revision()
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_a_missing_file(bench: Bench) -> None:
     bench.path.unlink()
     assert bench.refusal("create", "eve") == (500, "internal_error", "failed to read config: No such file or directory (os error 2)")

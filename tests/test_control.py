@@ -321,6 +321,18 @@ def test_a_missing_file_is_reported_once(make_reloading, logged):
     assert bench.users == {"alice": SECRET} and len(logged) == 1
 
 
+def test_a_directory_in_the_place_of_the_file_is_reported_once(make_reloading, logged):
+    bench = make_reloading()
+    bench.path.unlink()
+    bench.path.mkdir()
+    bench.look(5)
+    assert logged == [(Level.ERROR, 'config reload: failed to parse "conf.toml": Is a directory (os error 21)')]
+    bench.path.rmdir()
+    bench.write(BASE)
+    bench.look()
+    assert bench.users == {"alice": SECRET} and len(logged) == 1
+
+
 def test_the_implicit_user_may_stay_implicit(make_reloading, logged):
     bench = make_reloading("[general]\n")
     bench.write("[general]\nfast_mode = false\n")
