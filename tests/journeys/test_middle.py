@@ -84,7 +84,7 @@ def test_requests_say_who_asks(rig: Rig, world: MeWorld, tagged: str) -> None:
     start(rig, world, {"access": {"user_ad_tags": tags}})
     client = rig.client("bob", dc=-2)
     client.req_pq()
-    assert rig.proxies[0].log("Transport: Middle-End Proxy - all DC-over-RPC")
+    rig.proxies[0].wait_log("Transport: Middle-End Proxy - all DC-over-RPC", timeout=PATIENCE)
     assert rig.proxies[0].wait_log("Routing via Middle-End user=bob peer=.* dc=-2 proto=secure mode=middle_proxy pool_generation=1 link=",
                                    timeout=PATIENCE)
     request = world.mes[2][0].requests()[0]
@@ -191,7 +191,7 @@ def test_middle_end_that_is_away_at_start_comes_later(rig: Rig) -> None:
         proxy = rig.proxy(merged(world.config(), {"server": {"metrics_port": port}}))
         client = rig.client()                  # waits, then goes direct
         client.req_pq()
-        assert proxy.log("mode=direct")
+        proxy.wait_log("mode=direct", timeout=PATIENCE)
         assert int(samples(fetch(port)[2])["telemt_me_fallback_sessions_total"]) >= 1
         me.up()
         me.take(PATIENCE)
@@ -217,7 +217,7 @@ def test_wrong_secret_is_logged_and_tried_again(rig: Rig) -> None:
         proxy.wait_log("Middle-End link failed", 2, timeout=PATIENCE)
         client = rig.client()
         client.req_pq()
-        assert proxy.log("mode=direct")
+        proxy.wait_log("mode=direct", timeout=PATIENCE)
 
 
 def test_a_silent_peer_is_given_up_and_tried_again(rig: Rig) -> None:
@@ -227,7 +227,7 @@ def test_a_silent_peer_is_given_up_and_tried_again(rig: Rig) -> None:
         me.mute = "handshake"
         proxy = rig.proxy(world.config())
         rig.client().req_pq()
-        assert proxy.log("mode=direct")
+        proxy.wait_log("mode=direct", timeout=PATIENCE)
         proxy.wait_log("Telegram handshake timeout", timeout=PATIENCE)
         me.mute = ""
         poll(lambda: proxy.log("mode=middle_proxy") if can_echo(rig) else None, "a session through the middle end", PATIENCE)
