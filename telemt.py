@@ -5630,7 +5630,8 @@ class Quarantine:
         self._until: dict[Endpoint, float] = {}
 
     def add(self, now: float, endpoint: Endpoint) -> None:
-        """Start or restart the time of an endpoint."""
+        """Start or restart the time of an endpoint; those whose time is over are forgotten, lists change for years."""
+        self._until = {other: at for other, at in self._until.items() if at > now}
         self._until[endpoint] = now + QUARANTINE_S
 
     def until_at(self, now: float, endpoint: Endpoint) -> float:

@@ -225,6 +225,14 @@ def test_a_group_whose_endpoints_all_rest_waits_for_the_first():
     assert dials(sim) > before and links(sim)
 
 
+def test_quarantine_forgets_endpoints_that_nobody_asks_about_again():
+    """Each stayed for ever once the list no longer had it."""
+    quarantine = telemt.Quarantine()
+    for number in range(1000):
+        quarantine.add(float(number), (f"10.0.{number >> 8}.{number & 255}", 443))
+    assert len(quarantine._until) <= telemt.QUARANTINE_S + 1 and len(quarantine.rows(1000.0)) == telemt.QUARANTINE_S - 1
+
+
 def test_draining_links_never_put_their_endpoint_into_quarantine():
     sim = pool(2)
     link = links(sim)[0]
