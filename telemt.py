@@ -17097,12 +17097,16 @@ def run(arguments: Arguments) -> int:
             LogBook.sink.close()
 
 
-def open_log_sink(loop: Loop, disable_colors: bool) -> LogSink:
-    """The log on stdout from now on, everything from INFO up."""
+def settle_stdout() -> None:
+    """Make stdout one that takes every text."""
     if sys.stdout is None:                     # started with it closed
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - lives as long as we do
     elif isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")      # a name that the terminal cannot show must not end the log
+        sys.stdout.reconfigure(errors="backslashreplace")      # a name that the terminal cannot show must end nothing
+
+
+def open_log_sink(loop: Loop, disable_colors: bool) -> LogSink:
+    """The log on stdout from now on, everything from INFO up."""
     colors = sys.stdout.isatty() and "NO_COLOR" not in os.environ and not disable_colors
     sink = LogSink(sys.stdout.fileno(), colors, sys.stdout.encoding, loop)
     LogBook.sink, LogBook.now, LogBook.threshold = sink, time.monotonic, Level.INFO
@@ -17185,6 +17189,7 @@ _TWICE_S: Final = 0.5
 
 def main(words: Sequence[str]) -> int:
     """Run the command line; return the exit code (config.md 6.4)."""
+    settle_stdout()
     arguments = parse_arguments(words)
     if arguments.action == "run":
         return run(arguments)
@@ -17277,7 +17282,7 @@ def dump_pongs(links: Sequence[ProxyLink], results: Sequence[Sequence[Pong]]) ->
         "attempts": [{"dc": pong.dc, "ok": not pong.step, "connect_ms": milliseconds(pong.connect_s),
                       "handshake_ms": milliseconds(pong.handshake_s), "answer_ms": milliseconds(pong.answer_s),
                       "failed_step": pong.step or None, "reason": pong.reason or None} for pong in pongs],
-    } for link, pongs in zip(links, results, strict=True)], indent=2, ensure_ascii=False)
+    } for link, pongs in zip(links, results, strict=True)], indent=2)
 
 
 def check(words: Sequence[str]) -> int:
@@ -17338,7 +17343,7 @@ def dump_findings(path: str, error: str, findings: Sequence[Finding]) -> str:
     rows = [{"key": row.key, "what": row.what, "why": row.why or None, "cure": row.cure or None, "problem": not row.note}
             for row in findings]
     return json.dumps({"config": path, "loads": not error, "error": error or None, "ok": not error and all(row.note for row in findings),
-                       "findings": rows}, indent=2, ensure_ascii=False)
+                       "findings": rows}, indent=2)
 
 
 def links(words: Sequence[str]) -> int:
@@ -17369,8 +17374,8 @@ def links(words: Sequence[str]) -> int:
         say(dump_links(rows, port))
         return 0
     draw = qr_painter() if options.qr else lambda link: []
-    if draw is None:
-        complain("telemt.py links: --qr needs telemt_api.py beside telemt.py")
+    if isinstance(draw, str):
+        complain(f"telemt.py links: {draw}")
         return 1
     for name, link in rows:
         say("\n".join([f"{printable(name)}  {link.label}: {link.link}", *draw(link.link)]))
@@ -17382,12 +17387,15 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def qr_painter() -> Callable[[str], list[str]] | None:
-    """Call that draws a link in half blocks, or None without telemt_api.py."""
+def qr_painter() -> Callable[[str], list[str]] | str:
+    """Call that draws a link in half blocks, or what is missing for it."""
     try:
         api = importlib.import_module("telemt_api")
+        "\u2588\u2580\u2584".encode(sys.stdout.encoding)
     except ImportError:
-        return None
+        return "--qr needs telemt_api.py beside telemt.py"
+    except UnicodeEncodeError:
+        return f"--qr needs block characters, which {sys.stdout.encoding} has not: set LC_ALL=C.UTF-8 if the terminal shows UTF-8"
     plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
     return lambda link: api.draw_qr(api.make_qr(link), plain)
 
@@ -17397,7 +17405,7 @@ def dump_links(rows: Sequence[tuple[str, Link]], port: int) -> str:
     import json
     return json.dumps([{
         "user": name, "kind": row.kind, "host": row.host, "port": port, "domain": row.domain or None, "link": row.link,
-        "web_link": row.link.replace("tg://proxy", "https://t.me/proxy", 1)} for name, row in rows], indent=2, ensure_ascii=False)
+        "web_link": row.link.replace("tg://proxy", "https://t.me/proxy", 1)} for name, row in rows], indent=2)
 
 
 def top(words: Sequence[str]) -> int:

@@ -4697,6 +4697,7 @@ class Screen:
             os.write(1, b"\x1b[?25h\x1b[?1049l")
         if self._kept is not None:
             import termios
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)      # in the background it would stop us here
             termios.tcsetattr(0, termios.TCSADRAIN, self._kept)
 
     def resized(self) -> None:
@@ -4747,11 +4748,11 @@ def run_top(host: str, port: int, auth_header: str, interval_s: float, once: boo
 def _run_screen(watch: Watch, interval_s: float) -> int:
     screen, order, paused = Screen(), "t", False
     blocks = "utf" in (os.environ.get("LC_ALL") or os.environ.get("LC_CTYPE") or os.environ.get("LANG") or "").lower()
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, _end_top)
-    signal.signal(signal.SIGWINCH, lambda *_: screen.resized())
-    screen.enter()
     try:
+        for signum in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, _end_top)
+        signal.signal(signal.SIGWINCH, lambda *_: screen.resized())
+        screen.enter()                                         # it may be stopped in there, and told to end
         due = time.monotonic() + interval_s
         while True:
             width, height = os.get_terminal_size(1)

@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import pytest
+import telemt_api
 from hypothesis import given
 from hypothesis import strategies as st
 from telemt_api import (TOP_ORDERS, ApiClient, TopError, Traffic, Watch, draw_once, draw_top, explain_refusal, human_bytes, human_span,
@@ -206,3 +207,15 @@ def test_nothing_listens() -> None:
         port = listener.getsockname()[1]
     with pytest.raises(TopError, match="refused"):
         ApiClient("127.0.0.1", port, "").get("/health")
+
+
+def test_a_signal_while_the_terminal_is_being_set_up_ends_it_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def enter(_screen: telemt_api.Screen) -> None:
+        raise telemt_api.TopEnded(15)
+
+    left: list[bool] = []
+    monkeypatch.setattr(telemt_api.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(telemt_api.Screen, "enter", enter)
+    monkeypatch.setattr(telemt_api.Screen, "leave", lambda _screen: left.append(True))
+    assert telemt_api._run_screen(watch_of(user()), 1.0) == 128 + 15
+    assert left == [True]

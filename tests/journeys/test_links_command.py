@@ -71,6 +71,24 @@ def test_qr_without_the_second_file(tmp_path: Path) -> None:
     assert done.returncode == 1 and "telemt_api.py" in done.stderr
 
 
+def test_a_terminal_that_lacks_the_letters(tmp_path: Path) -> None:
+    path, env = str(plain(tmp_path, **{"häns ж": USERS["alice"]})), {"PYTHONIOENCODING": "latin-1"}
+    done = run_program("links", path, "--qr", cwd=tmp_path, env=env)
+    assert (done.returncode, done.stdout) == (1, "") and "LC_ALL=C.UTF-8" in done.stderr and "Traceback" not in done.stderr
+    done = run_program("links", path, cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("h\\xe4ns \\u0436  Classic: tg://")
+    done = run_program("links", path, "--json", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
+    assert {row["user"] for row in json.loads(done.stdout)} == {"häns ж"}
+
+
+@pytest.mark.parametrize("words", [["--qr"], ["--json"], []])
+def test_a_closed_stdout(tmp_path: Path, words: list[str]) -> None:
+    import subprocess
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-B", str(PROGRAM), "links", str(plain(tmp_path)), *words],
+                          cwd=tmp_path, check=False, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("modes", [{"tls": True}, {"tls": False, "secure": True}, {"tls": False, "classic": True}])
 def test_healthcheck_in_every_mode(rig: Rig, modes: dict[str, bool]) -> None:
     proxy = rig.proxy({"general": {"modes": {"classic": False, "secure": False} | modes}})
