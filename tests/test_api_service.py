@@ -13,6 +13,7 @@ import pytest
 
 import telemt
 import telemt_api as api
+from doubles import patient, poll
 from telemt import Counters, Link, Log, Settings, Sources, UserTable
 from telemt_api import ApiError, Cached, ControlApi, Events, Guard, MetricsSite, Whitelist
 from tests.cases import settings_of
@@ -501,18 +502,29 @@ def test_one_build_serves_everybody_who_waits() -> None:
 
     def build() -> int:
         builds.append(1)
-        gate.wait(20)
+        gate.wait(patient(20))
         return len(builds)
 
+    class Door:
+        """A lock that knows how many have come to it."""
+
+        def __init__(self) -> None:
+            self.came, self._lock = 0, threading.Lock()
+
+        def __enter__(self) -> None:
+            self.came += 1                     # threads come one at a time: they are started so
+            self._lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self._lock.release()
+
     cache = Cached(build, 0.0)
+    door = cache._lock = Door()                # type: ignore[assignment]
     found: list[tuple[int, bool]] = []
     threads = [threading.Thread(target=lambda: found.append(cache.get())) for _ in range(8)]
-    for thread in threads:
+    for number, thread in enumerate(threads, 1):
         thread.start()
-    deadline = time.monotonic() + 20
-    while not builds and time.monotonic() < deadline:
-        time.sleep(0.001)
-    time.sleep(0.05)
+        poll(lambda number=number: door.came == number, "it has come to the lock")       # type: ignore[misc]
     gate.set()
     for thread in threads:
         thread.join()

@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from doubles import PROGRAM, USERS, BlackHole, Rig, run_program
+from doubles import PROGRAM, USERS, BlackHole, Rig, patient, run_program
 from programs import Nginx, needs
 
 DOMAIN = "www.example.com"
@@ -41,7 +41,7 @@ def server(answer: bytes, wait: bool = True) -> Iterator[int]:
                 except OSError:
                     return
                 with peer:
-                    peer.settimeout(5)
+                    peer.settimeout(patient(5))
                     if wait:
                         peer.recv(4096)
                     if answer:

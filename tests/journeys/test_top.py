@@ -18,7 +18,7 @@ from typing import Any
 import pyte
 import pytest
 
-from doubles import PROGRAM, Rig, clean_env, free_port, run_program
+from doubles import PROGRAM, Rig, clean_env, free_port, patient, run_program
 
 BLOCKED = """import runpy, sys
 class Block:
@@ -64,10 +64,10 @@ class Terminal:
             self.raw += data
             self.stream.feed(data)
 
-    def wait(self, text: str, timeout: float = 20.0) -> list[str]:
-        """Lines of the screen once one of them has `text`."""
-        end = time.monotonic() + timeout
-        while not any(text in line for line in self.screen.display):
+    def wait(self, *texts: str, timeout: float = 20.0) -> list[str]:
+        """Lines of the screen once one of them has one of `texts`."""
+        end = time.monotonic() + patient(timeout)
+        while not any(text in line for line in self.screen.display for text in texts):
             assert time.monotonic() < end, "\n".join(self.screen.display)
             self.read()
         return [line.rstrip() for line in self.screen.display]
@@ -76,7 +76,7 @@ class Terminal:
         os.write(self.fd, key.encode())
 
     def wait_exit(self) -> int:
-        end = time.monotonic() + 10
+        end = time.monotonic() + patient(10)
         while self.process.poll() is None:
             assert time.monotonic() < end, "top does not end"
             self.read()
@@ -131,7 +131,7 @@ def test_a_resize_redraws(rig: Rig) -> None:
         assert "EXPIRES" in "\n".join(top.wait("alice"))
         top.resize(40, 15)
         lines = top.wait("q quit")
-        end = time.monotonic() + 10
+        end = time.monotonic() + patient(10)
         while "EXPIRES" in "\n".join(lines) and time.monotonic() < end:
             top.read()
             lines = top.screen.display
@@ -162,7 +162,7 @@ def test_a_proxy_that_restarts_under_it(rig: Rig) -> None:
     proxy = start(rig)
     with terminal(str(proxy.config), 100, 24) as top:
         top.wait("alice")
-        time.sleep(1.5)
+        top.wait(*(f"up {seconds} s" for seconds in range(4, 60)))       # so that the uptime of the next one goes back
         proxy.stop()
         lines = top.wait("no answer from the API")
         assert any("alice" in line for line in lines)                # the old values stay
@@ -176,7 +176,7 @@ def test_a_proxy_that_restarts_under_it(rig: Rig) -> None:
             top.wait("counters began again")
         finally:
             replaced.terminate()
-            replaced.wait(10)
+            replaced.wait(patient(10))
 
 
 def test_once_is_text_for_scripts(rig: Rig) -> None:
