@@ -10461,7 +10461,7 @@ _STEPS_AT_ONCE: Final = 1024             # frames of a read beyond which the nex
 _LINK_PHASE_S: Final = 10.0                   # nonce and handshake, each (D5)
 _PING_OLD_S: Final = 120.0
 _SIGNAL_S: Final = 0.7
-_TOLD_MAX: Final = 1024                  # ids per link: more than have answers under way at a time
+_TOLD_MAX: Final = 1024                  # ids per link and beat: more than have answers under way at a time
 _ANSWER: Final = struct.Struct("<IIQ")
 _LE64: Final = struct.Struct("<Q")
 
@@ -10658,6 +10658,32 @@ class LinkOut:
         self.queued += len(self._unsent) - size + frames * RPC_FRAME_MIN       # what waited had no frames around it
 
 
+class Told:
+    """Ids that were told to the peer in this beat of the link and in the one before, seconds ago; older ones are forgotten."""
+
+    __slots__ = ("_fresh", "_old")
+
+    def __init__(self) -> None:
+        self._fresh = set[int]()
+        self._old = set[int]()
+
+    def __contains__(self, conn_id: int) -> bool:
+        return conn_id in self._fresh or conn_id in self._old
+
+    def __len__(self) -> int:
+        return len(self._fresh) + len(self._old)
+
+    def add(self, conn_id: int) -> None:
+        """Remember one more."""
+        if len(self._fresh) == _TOLD_MAX:
+            self.age()
+        self._fresh.add(conn_id)
+
+    def age(self) -> None:
+        """A beat has passed."""
+        self._fresh, self._old = set(), self._fresh
+
+
 class Heart:
     """Pings of one link; when and whether is the planner's to say."""
 
@@ -10755,7 +10781,7 @@ class MeLink:
         self.holding = False                   # its clients are not read
         self.ready_at = math.inf
         self.signal = Signal(self)
-        self.told: dict[int, None] = {}        # ids that we closed lately, oldest first: answers under way earn no other close
+        self.told = Told()                     # ids that we closed lately: answers under way earn no other close
         self.cycle: Cycle | None = pool.dial(self.endpoint, self.dc, self._on_connected)
 
     # -- coming up
@@ -10893,9 +10919,7 @@ class MeLink:
 
     def push_close(self, conn_id: int) -> None:
         """Say that a session is over, behind everything that it has said."""
-        self.told[conn_id] = None
-        if len(self.told) > _TOLD_MAX:
-            del self.told[next(iter(self.told))]
+        self.told.add(conn_id)
         self.push(build_close(conn_id))
 
     def push_urgent(self, payload: bytes) -> None:
@@ -10946,6 +10970,7 @@ class MeLink:
     def beat(self) -> None:
         """Ask the planner what is due: a ping, the end, and when to ask again."""
         pool, heart = self.pool, self.heart
+        self.told.age()
         beat = pool.planner.beat(pool.loop.now, self.id, heart.heard)
         heart.heard, heart.timer = False, None
         if beat.dead:
