@@ -5132,42 +5132,151 @@ class ReplayWindow:
     """Keys seen before: at most `size` of them, forgotten after `age_s` seconds (0 = never by age).
 
     Least recently looked up goes first; a look-up does not renew the age (client-protocol.md 7, D15).  size 0 = off.
+
+    An entry is a row of 32 bytes across six columns, and a key its 64-bit hash, for which Python draws a secret: of 10^14 new
+    keys one passes for known in a full window.  Objects for keys and times took four times as much, and what is worse, each
+    held on to a piece of the memory that a crowd left behind.  Rows form a ring in order of their last look-up, closed by row 0,
+    which is no entry.  There are as many buckets as rows: a new row splits one (linear hashing), so that no client waits until all
+    keys have found new places.
     """
 
-    __slots__ = ("size", "age_s", "_seen")
+    __slots__ = ("size", "age_s", "_count", "_last_at", "_hashes", "_born", "_older", "_newer", "_heads", "_next")
 
     def __init__(self, size: int, age_s: float) -> None:
         self.size, self.age_s = size, age_s
-        self._seen: dict[bytes, float] = {}    # key -> monotonic time of insertion, in order of last look-up
+        self._clear()
+
+    def _clear(self) -> None:
+        self._count = 0                        # rows in use, without row 0
+        self._last_at = -math.inf              # monotonic time of the last insertion
+        nothing = memoryview(b"")
+        self._hashes = nothing.cast("q")
+        self._born = nothing.cast("d")         # monotonic time of insertion
+        self._older, self._newer = nothing.cast("I"), nothing.cast("I")    # neighbours in the ring
+        self._heads, self._next = nothing.cast("I"), nothing.cast("I")     # first row of a bucket, next row of the same; 0 = none
 
     def __len__(self) -> int:
-        return len(self._seen)
+        return self._count
 
     def resize(self, size: int, age_s: float) -> None:
         """Take new limits; nothing is forgotten but what they exclude."""
         self.size, self.age_s = size, age_s
-        self._trim()
+        if self._count <= size:
+            return
+        kept: list[tuple[int, float]] = []
+        row = self._older[0] if size else 0
+        while row and len(kept) < size:
+            kept.append((self._hashes[row], self._born[row]))
+            row = self._older[row]
+        last_at = self._last_at
+        self._clear()
+        for hashed, born in reversed(kept):
+            self._insert(hashed, born)
+        self._last_at = last_at
 
     def is_replay(self, key: bytes, now: float) -> bool:
         """True if `key` was seen within the window; remembers it otherwise."""
         if not self.size:
             return False
-        born = self._seen.pop(key, None)
-        if born is not None and not self._old(born, now):
-            self._seen[key] = born
+        if self._is_old(self._last_at, now) and self._count:
+            self._clear()                      # they all are
+        hashed = hash(key)
+        row = self._find(hashed)
+        if not row:
+            self._insert(hashed, now)
+            return False
+        self._part(row)
+        self._append(row)
+        if not self._is_old(self._born[row], now):
             return True
-        self._seen[key] = now
-        self._trim()
-        while (oldest := next(iter(self._seen))) is not key and self._old(self._seen[oldest], now):
-            del self._seen[oldest]
+        self._born[row] = self._last_at = now
         return False
 
-    def _old(self, born: float, now: float) -> bool:
+    def _is_old(self, born: float, now: float) -> bool:
         return bool(self.age_s) and now - born > self.age_s
 
-    def _trim(self) -> None:
-        while len(self._seen) > self.size:
-            del self._seen[next(iter(self._seen))]
+    def _insert(self, hashed: int, now: float) -> None:
+        """Put a new key into a new row, or into that of a key that has to go."""
+        oldest = self._newer[0] if self._count else 0
+        if oldest and (self._count >= self.size or self._is_old(self._born[oldest], now)):
+            row = oldest
+            self._part(row)
+            self._leave_bucket(row)
+        else:
+            row = self._new_row()
+        self._hashes[row], self._born[row], self._last_at = hashed, now, now
+        bucket = self._bucket(hashed)
+        self._next[row], self._heads[bucket] = self._heads[bucket], row
+        self._append(row)
+
+    # -- the ring
+
+    def _part(self, row: int) -> None:
+        older, newer = self._older[row], self._newer[row]
+        self._newer[older], self._older[newer] = newer, older
+
+    def _append(self, row: int) -> None:
+        """It was looked up last."""
+        last = self._older[0]
+        self._older[row], self._newer[row] = last, 0
+        self._newer[last] = self._older[0] = row
+
+    # -- the buckets
+
+    def _bucket(self, hashed: int) -> int:
+        """Buckets are 0 to _count; a number beyond them belongs to the bucket that has not been split yet."""
+        mask = (1 << self._count.bit_length()) - 1
+        bucket = hashed & mask
+        return bucket if bucket <= self._count else bucket & mask >> 1
+
+    def _find(self, hashed: int) -> int:
+        """Row of a key, or 0."""
+        row = self._heads[self._bucket(hashed)] if self._count else 0
+        while row and self._hashes[row] != hashed:
+            row = self._next[row]
+        return row
+
+    def _leave_bucket(self, row: int) -> None:
+        bucket = self._bucket(self._hashes[row])
+        at = self._heads[bucket]
+        if at == row:
+            self._heads[bucket] = self._next[row]
+            return
+        while self._next[at] != row:
+            at = self._next[at]
+        self._next[at] = self._next[row]
+
+    def _new_row(self) -> int:
+        """One more row, and a bucket of the same number, which takes its share from the bucket it splits."""
+        row = self._count + 1
+        if row >= len(self._heads):
+            self._grow()
+        self._count = row
+        mask = (1 << row.bit_length()) - 1
+        split = row & mask >> 1
+        at, self._heads[split], self._heads[row] = self._heads[split], 0, 0
+        while at:
+            bucket, after = split if self._hashes[at] & mask == split else row, self._next[at]
+            self._next[at], self._heads[bucket] = self._heads[bucket], at
+            at = after
+        return row
+
+    def _grow(self) -> None:
+        """Room for a quarter more, so that each row is copied a few times at most."""
+        rows = min(self.size + 1, len(self._heads) + max(_REPLAY_ROWS, len(self._heads) // 4))
+        self._hashes, self._born = longer(self._hashes, rows).cast("q"), longer(self._born, rows).cast("d")
+        self._older, self._newer = longer(self._older, rows).cast("I"), longer(self._newer, rows).cast("I")
+        self._heads, self._next = longer(self._heads, rows).cast("I"), longer(self._next, rows).cast("I")
+
+
+def longer(column: memoryview[int] | memoryview[float], rows: int) -> memoryview[int]:
+    """The bytes of a copy of `column`, with zeros for more rows behind them."""
+    room = memoryview(bytearray(rows * column.itemsize))
+    room[:column.nbytes] = column.cast("B")
+    return room
+
+
+_REPLAY_ROWS: Final = 256            # grown by so many at least: 8 KB of the 2 MB that 65,536 take
 
 
 class Doorman:

@@ -177,6 +177,25 @@ def test_replay_size_zero_is_off_and_resize_keeps_the_newest():
     assert len(window) == 1 and window.is_replay(b"c", 0.0)
 
 
+def test_a_replay_window_makes_no_object_for_a_key():
+    """Found after storms: keys and times of thousands of handshakes each held a page of the memory that had been the crowd's."""
+    window = ReplayWindow(65_536, 10.0)
+    for number in range(3000):
+        window.is_replay(number.to_bytes(48, "big"), number / 1000)
+    columns = [getattr(window, name) for name in ReplayWindow.__slots__ if isinstance(getattr(window, name), memoryview)]
+    assert len(columns) == 6 and sum(column.nbytes for column in columns) <= 1.25 * 32 * 3001
+    assert not window.is_replay(b"later", 13.1)
+    assert len(window) == 1, "when the newest is too old, all are"
+
+
+def test_a_full_replay_window_grows_no_further():
+    window = ReplayWindow(1000, 0.0)
+    for number in range(2000):
+        window.is_replay(number.to_bytes(16, "big"), 1.0)
+    assert len(window) == 1000 and len(window._heads) == 1001
+    assert not window.is_replay((999).to_bytes(16, "big"), 1.0) and window.is_replay((1001).to_bytes(16, "big"), 1.0)
+
+
 # -- recognition
 
 

@@ -124,21 +124,64 @@ def test_flight_has_three_records_and_offered_suite(digest, session_id, suites, 
     assert KeyedHmac(digest).digest(digest, flight[:11], bytes(32), flight[43:]) == flight[11:43]
 
 
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5)), max_size=60), st.integers(1, 5), st.integers(0, 8))
-def test_replay_window_against_a_model(steps, size, age):
-    """Model: a list of (key, born) in order of last look-up."""
-    window, model, now = ReplayWindow(size, age), [], 0
-    for number, pause in steps:
-        now += pause
-        key = bytes((number,))
-        known = next((row for row in model if row[0] == key and not (age and now - row[1] > age)), None)
-        model = [row for row in model if row[0] != key]
-        model.append(known or (key, now))
-        model = model[-size:]
-        while len(model) > 1 and age and now - model[0][1] > age and not known:
-            model.pop(0)
-        assert window.is_replay(key, now) is (known is not None)
+class DictWindow:
+    """What ReplayWindow has to answer, with a dict: key -> time of insertion, in order of the last look-up."""
+
+    def __init__(self, size, age_s):
+        self.seen = {}
+        self.resize(size, age_s)
+
+    def resize(self, size, age_s):
+        self.size, self.age_s = size, age_s
+        while len(self.seen) > size:
+            del self.seen[next(iter(self.seen))]
+
+    def is_old(self, key, now):
+        return self.age_s and now - self.seen[key] > self.age_s
+
+    def is_replay(self, key, now):
+        known = key in self.seen and not self.is_old(key, now)
+        born = self.seen.pop(key, None)
+        self.seen[key] = born if known else now
+        self.resize(self.size, self.age_s)
+        while self.seen and self.is_old(next(iter(self.seen)), now):
+            del self.seen[next(iter(self.seen))]
+        return known
+
+
+def check_columns(window):
+    """Every row is in the ring once and in its bucket once."""
+    rows = list(range(1, len(window) + 1))
+    ring, row = [], window._newer[0] if rows else 0
+    while row:
+        assert window._older[window._newer[row]] == row
+        ring.append(row)
+        row = window._newer[row]
+    found = []
+    for bucket in range(len(rows) + 1 if rows else 0):
+        row = window._heads[bucket]
+        while row:
+            assert window._bucket(window._hashes[row]) == bucket
+            found.append(row)
+            row = window._next[row]
+    assert sorted(ring) == sorted(found) == rows
+
+
+@given(st.randoms(use_true_random=False), st.integers(0, 400), st.sampled_from((0, 1, 5, 50, 1000)), st.sampled_from((3, 10, 100, 2000)))
+def test_replay_window_against_a_model(random, size, age, keys):
+    """Few keys and many, pauses that make them old, and a reload now and then."""
+    window, model, now = ReplayWindow(size, age), DictWindow(size, age), 0.0
+    for _ in range(random.choice((20, 600))):
+        now += random.choice((0, 0, 0.1, 1, 20 * random.random()))
+        key = random.randrange(keys).to_bytes(4, "big")
+        assert window.is_replay(key, now) is bool(model.is_replay(key, now) and size)
         assert len(window) <= size
+        if random.random() < 0.01:
+            size, age = random.choice((0, 1, 2, 17, 300)), random.choice((age, 0, 7))
+            window.resize(size, age)
+            model.resize(size, age)
+            check_columns(window)
+    check_columns(window)
 
 
 @given(st.text(max_size=30))
