@@ -88,6 +88,14 @@ def _slim(code: Any) -> Any:
     return code.replace(co_consts=tuple(consts), co_linetable=bytes(table))
 
 
+# Every object of the new image comes from malloc.  Python's own allocator works in pieces of a megabyte and gives one back when nothing
+# in it is alive: a counter, a timer, a name of a client that was here is something, and 5,000 connections left 7 MB behind them.
+# malloc gives back single pages, and must not keep more than small change for the next one who asks.  Who has set these himself is
+# obeyed; free-threaded builds know no other allocator than their own.
+_MALLOC: dict[str, str] = {}
+if "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", ()) and "t" not in sys.abiflags:
+    _MALLOC = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.tcache_max=64"}
+
 _LOADER = """
 def _load(fd, size):
     import marshal
@@ -116,6 +124,9 @@ def _start_afresh() -> bool:
             sys.path[:0 if sys.flags.safe_path else 1] = [name]        # telemt.pyz holds both; Python itself looks there with -I too
         elif not sys.flags.safe_path:
             sys.path[0] = os.path.dirname(name)
+        for key, value in _MALLOC.items():
+            if os.environ.get(key) == value:
+                del os.environ[key]            # meant for us, not for programs that we start
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)      # what came during the change of images is heard now
         return True
     flags = sys.orig_argv[1:at]
@@ -137,7 +148,8 @@ def _start_afresh() -> bool:
             os.close(fd)
             return False
         signal.pthread_sigmask(signal.SIG_BLOCK, stops)        # the new image has no handlers yet; the mask outlives exec
-        os.execv(sys.executable, [sys.orig_argv[0], *flags, "-X", f"telemt={script}", f"/proc/self/fd/{fd}", *sys.argv[1:]])
+        command = [sys.orig_argv[0], *flags, "-X", f"telemt={script}", f"/proc/self/fd/{fd}", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**_MALLOC, **os.environ})
     except (OSError, ValueError):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
     return False
@@ -343,6 +355,14 @@ class InternalError(TelemtError):
 def describe(error: Exception) -> str:
     """An error as the log words it; errors of the system with their number."""
     return f"IO error: {error.strerror} (os error {error.errno})" if isinstance(error, OSError) else str(error)
+
+
+def moved(plain: _T) -> _T:
+    """A copy of numbers, text, tuples, lists and dicts in which every object is new, one behind the other as far as there is room."""
+    import marshal
+    data: Any = plain
+    copy: _T = marshal.loads(marshal.dumps(data))
+    return copy
 
 
 class Level(enum.IntEnum):
@@ -4909,6 +4929,10 @@ class Observations:
         while self._seen and now - next(iter(self._seen.values()))[1] > keep_s:
             del self._seen[next(iter(self._seen))]
 
+    def compact(self) -> None:
+        """Leave the memory of a crowd."""
+        self._seen = moved(self._seen)
+
     def oldest_at(self) -> float:
         """Monotonic time of the last try that is the furthest back; infinity when there is none."""
         for _, seen_at in self._seen.values():
@@ -4941,7 +4965,7 @@ def format_observations(rows: Iterable[tuple[str, str, int]]) -> str:
 UNLIMITED: Final = (1 << 63) - 1        # beyond any count that a session can reach
 _HOME_CACHE: Final = 4096            # IPs whose last user is tried first (client-protocol.md D12)
 RECENT_S: Final = 30.0               # an address counts as recent for so long after its last admission (client-protocol.md D18)
-_ADMISSIONS_MAX: Final = 65_536      # of all users in that time: more than 2,000 a second, which no processor here can shake hands with
+_RECENT_MAX: Final = 65_536          # of all users in that time: more than 2,000 a second, which no processor here can shake hands with
 
 
 class User:
@@ -5022,7 +5046,7 @@ class UserTable:
     def __init__(self) -> None:
         self.users: dict[str, User] = {}
         self._home: dict[str, User] = {}       # client IP -> the user it was last, oldest first
-        self._admissions: collections.deque[tuple[float, User, str]] = collections.deque()     # of the last 30 s, oldest first
+        self._recent: dict[tuple[User, str], float] = {}       # admitted in the last 30 s -> when for the last time, oldest first
         self.effort = Effort()
 
     def __iter__(self) -> Iterator[User]:
@@ -5069,12 +5093,22 @@ class UserTable:
         """`ip` counts as recent for `user` from now on; what is too old is forgotten, whoever it was.  now: monotonic seconds."""
         user.recent.pop(ip, None)
         user.recent[ip] = now
-        past = self._admissions
-        past.append((now, user, ip))
-        while now - past[0][0] > RECENT_S or len(past) > _ADMISSIONS_MAX:
-            at, who, where = past.popleft()
-            if who.recent.get(where) == at:
-                del who.recent[where]
+        self._recent.pop((user, ip), None)
+        self._recent[user, ip] = now
+        while now - next(iter(self._recent.values())) > RECENT_S or len(self._recent) > _RECENT_MAX:
+            who, where = next(iter(self._recent))
+            del self._recent[who, where], who.recent[where]
+
+    def compact(self) -> None:
+        """Leave the memory of a crowd."""
+        self._home = dict(zip(moved(list(self._home)), self._home.values(), strict=True))
+        users, entries = [user for user, _ in self._recent], moved([(ip, at) for (_, ip), at in self._recent.items()])
+        self._recent = {(user, ip): at for user, (ip, at) in zip(users, entries, strict=True)}
+        tables: dict[User, dict[str, float]] = {user: {} for user in users}
+        for (user, ip), at in self._recent.items():
+            tables[user][ip] = at
+        for user, table in tables.items():
+            user.recent = table                # whole: other threads read it
 
     def remember(self, ip: str, user: User) -> None:
         """`user` authenticated from `ip`: try it first next time."""
@@ -5262,8 +5296,8 @@ class ReplayWindow:
         return row
 
     def _grow(self) -> None:
-        """Room for a quarter more, so that each row is copied a few times at most."""
-        rows = min(self.size + 1, len(self._heads) + max(_REPLAY_ROWS, len(self._heads) // 4))
+        """Room for an eighth more, so that each row is copied a few times at most."""
+        rows = min(self.size + 1, len(self._heads) + max(_REPLAY_ROWS, len(self._heads) // 8))
         self._hashes, self._born = longer(self._hashes, rows).cast("q"), longer(self._born, rows).cast("d")
         self._older, self._newer = longer(self._older, rows).cast("I"), longer(self._newer, rows).cast("I")
         self._heads, self._next = longer(self._heads, rows).cast("I"), longer(self._next, rows).cast("I")
@@ -7429,6 +7463,7 @@ class WorkerPool:
             with self._lock:
                 self._free -= 1
             task()
+            del task                           # with all that it was given: the next one may be half a minute away
 
 
 # -- files
@@ -12712,22 +12747,30 @@ class Front:
 
 
 class Stock:
-    """Values that take a while to make, kept ready: filled in idle moments once somebody asked."""
+    """Values of one length that take a while to make, kept ready: filled in idle moments once somebody asked.
 
-    __slots__ = ("size", "_make", "_when_idle", "_ready", "_filling")
+    They lie behind one another, not as an object each, which would stay scattered over the memory of the crowd that asked.
+    """
+
+    __slots__ = ("size", "_make", "_when_idle", "_ready", "_length", "_filling")
 
     def __init__(self, size: int, make: Callable[[], bytes], when_idle: Callable[[Callable[[], bool]], None]) -> None:
         self.size, self._make, self._when_idle = size, make, when_idle
-        self._ready: list[bytes] = []
+        self._ready = bytearray()
+        self._length = 1                       # of one value; known from the first on
         self._filling = False                  # starts with the first client: a stock nobody asks for costs memory
 
     def __len__(self) -> int:
-        return len(self._ready)
+        return len(self._ready) // self._length
 
     def take(self) -> bytes:
         """One of them; made on the spot when there is none."""
-        value = self._ready.pop() if self._ready else self._make()
-        if len(self._ready) < self.size // 2 and not self._filling:
+        if self._ready:
+            value = bytes(self._ready[-self._length:])
+            del self._ready[-self._length:]
+        else:
+            value = self._make()
+        if len(self) < self.size // 2 and not self._filling:
             self._filling = True
             self._when_idle(self._fill)
         return value
@@ -12738,8 +12781,10 @@ class Stock:
 
     def _fill(self) -> bool:
         self._filling = False                  # should this raise, the next client tries again
-        self._ready.append(self._make())
-        self._filling = len(self._ready) < self.size
+        value = self._make()
+        self._length = len(value)
+        self._ready += value
+        self._filling = len(self) < self.size
         return self._filling
 
 
@@ -14554,7 +14599,7 @@ SLOTS_MAX: Final = 10_000                # connections at once, as in 3.2.1 (cli
 _SWEEP_S: Final = 10.0                   # idle and expiry rules are enforced this precisely (upstream-and-relay.md D23)
 _WARM_UP_S: Final = 10.0                 # a new program waits so long for its first link before it says that it is ready
 _WARM_LOOK_S: Final = 0.1
-_CROWD_MIN: Final = 64                       # connections whose memory is worth asking for
+_CROWD_MIN: Final = 64                   # connections whose memory is worth asking for
 _HOUSEWORK_S: Final = 2.0                # the rest of the crowd may leave meanwhile
 _STOP_FLUSH_S: Final = 1.0               # bytes queued for clients may still go out for so long (config.md 8 item 17)
 _STOP_LIMIT_S: Final = 3.5               # whatever hangs, the process is gone 4 s after SIGTERM
@@ -14643,13 +14688,13 @@ class Places:
 class Housework:
     """Gives memory back to the system once a crowd has left.
 
-    Tables keep the size they had, and malloc keeps what lies between living objects: 2 to 3 MB after 5,000 connections.  (Six more
-    are arenas of Python's own allocator with something alive in each; they serve the next crowd.)  Once per crowd, a moment
-    after it, so there is no wake-up at rest.
+    Tables keep the size they had, and malloc keeps what lies between living objects: a page of 4 KB stays for the one address in it.
+    So what outlives a crowd lies in few pieces (replay windows, key stocks) or is copied when the crowd has gone: malloc takes the
+    smallest hole first, so the copies lie close together.  Once per crowd, a moment after it, so there is no wake-up at rest.
     """
 
-    def __init__(self, loop: Loop, shrink_tables: Callable[[], None]) -> None:
-        self.loop, self._shrink_tables = loop, shrink_tables
+    def __init__(self, loop: Loop, shrink_tables: Callable[[], None], compact: Callable[[], None] = lambda: None) -> None:
+        self.loop, self._shrink_tables, self._compact = loop, shrink_tables, compact
         self._due = False
 
     def call(self) -> None:
@@ -14663,15 +14708,26 @@ class Housework:
         self._due = False
         self._shrink_tables()
         gc.collect()                           # lists of free tuples and floats too; what lives since the start is frozen
-        trim_heap()
+        trim = find_trim()
+        if trim is not None:
+            trim(0)                            # joins free pieces to large ones, or the copies would take the small change all over
+            self._compact()
+            trim(0)
 
 
-def trim_heap() -> None:
-    """Have malloc return its free pages to the system, where it can (glibc)."""
-    if "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", ()):
-        with contextlib.suppress(ImportError, AttributeError, OSError, MemoryError):
-            import ctypes
-            ctypes.CDLL(None).malloc_trim(0)
+def find_trim() -> Callable[[int], object] | None:
+    """What has malloc return its free pages to the system, where it can (glibc)."""
+    if "CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_names", ()):
+        return None
+    with contextlib.suppress(ImportError, AttributeError, OSError, MemoryError, TypeError):
+        cffi: Any = sys.modules.get("_cffi_backend")
+        if cffi is not None:                   # `cryptography` brings it; ctypes would be 1 MB more, all over what the crowd left
+            kind = cffi.new_function_type((cffi.new_primitive_type("size_t"),), cffi.new_primitive_type("int"), False)
+            trim: Callable[[int], object] = cffi.load_library(None).load_function(kind, "malloc_trim")
+            return trim
+        import ctypes
+        return ctypes.CDLL(None).malloc_trim
+    return None
 
 
 class Sweep:
@@ -14752,7 +14808,7 @@ class Server:
         self.places = Places(slot_cap(fd_limit), lambda full: self.sources.event(
             "admission.state", f"accepting={str(not full).lower()} reason=connection_limit"))
         self.places.spare = SpareDescriptor(loop.mailbox.fd)
-        self.places.on_left = Housework(loop, self._shrink).call
+        self.places.on_left = Housework(loop, self._shrink, self._compact).call
         self.handshakes = Handshakes(loop, settings, self.places.cap)
         self.masks = Masks(loop, self.arena, self.resolver, Observer(loop, settings), self.places.cap, self.ended)
         self.fronts = FrontProfiles(settings, loop, functools.partial(backend.x25519_public, os.urandom), os.urandom,
@@ -14787,6 +14843,11 @@ class Server:
         self.places.shrink()
         shrink(self.sweep.relays)
         shrink(self.masks.ends)
+
+    def _compact(self) -> None:
+        """Move what is remembered of those who left out of their memory."""
+        self.masks.observer.seen.compact()
+        self.doorman.users.compact()
 
     def _count_direct(self) -> int:
         """Sessions on the direct way; where the middle end is wanted, they fell back to it."""

@@ -95,8 +95,23 @@ def test_a_session_that_goes_on_is_active_and_no_longer_recent():
     assert (list(user.ips), user.recent_ips(31.5)) == (["10.0.0.1"], [])
 
 
+def test_what_is_remembered_of_a_crowd_moves_and_stays_the_same():
+    users = table()
+    alice, bob = users.users["alice"], users.users["bob"]
+    for number in range(300):
+        users.note_admission(alice if number % 3 else bob, f"10.0.1.{number % 100}", number / 20)
+        users.remember(f"10.0.1.{number % 100}", alice if number % 3 else bob)
+    before = list(users._home.items()), list(users._recent.items()), list(alice.recent.items()), list(bob.recent.items())
+    places = {id(ip) for ip in (*users._home, *alice.recent, *bob.recent)}
+    users.compact()
+    assert before == (list(users._home.items()), list(users._recent.items()), list(alice.recent.items()), list(bob.recent.items()))
+    assert not places & {id(ip) for ip in (*users._home, *alice.recent, *bob.recent)}
+    users.note_admission(alice, "10.0.2.1", 60.0)
+    assert (list(alice.recent), list(bob.recent)) == (["10.0.2.1"], [])
+
+
 def test_recent_addresses_of_all_users_are_bounded(monkeypatch):
-    monkeypatch.setattr("telemt._ADMISSIONS_MAX", 1000)
+    monkeypatch.setattr("telemt._RECENT_MAX", 1000)
     users = table()
     for number in range(3000):
         users.note_admission(users.users["alice" if number % 2 else "bob"], f"10.1.{number >> 8}.{number & 255}", 7.0)
@@ -183,7 +198,7 @@ def test_a_replay_window_makes_no_object_for_a_key():
     for number in range(3000):
         window.is_replay(number.to_bytes(48, "big"), number / 1000)
     columns = [getattr(window, name) for name in ReplayWindow.__slots__ if isinstance(getattr(window, name), memoryview)]
-    assert len(columns) == 6 and sum(column.nbytes for column in columns) <= 1.25 * 32 * 3001
+    assert len(columns) == 6 and sum(column.nbytes for column in columns) <= 1.125 * 32 * 3001
     assert not window.is_replay(b"later", 13.1)
     assert len(window) == 1, "when the newest is too old, all are"
 

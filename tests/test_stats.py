@@ -138,6 +138,8 @@ def test_observations_are_counted_sorted_and_forgotten():
     assert format_observations(seen.rows()) == ("[HTTP]\n203.0.113.9-2\n192.0.2.1-1\n198.51.100.7-1\n[TLS-scanner]\n2001:db8::1-2\n"
                                                 "[other]\n192.0.2.1-1\n")
     assert seen.oldest_at() == 1               # by the last try: 2001:db8::1 came again
+    seen.compact()
+    assert seen.oldest_at() == 1 and len(seen) == 5
     seen.forget(604, 600)
     assert [row[:2] for row in seen.rows()] == [("TLS-scanner", "2001:db8::1"), ("HTTP", "192.0.2.1"), ("other", "192.0.2.1")]
     seen.forget(700, 600)

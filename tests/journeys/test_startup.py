@@ -61,6 +61,19 @@ def test_started_through_python_options(tmp_path: Path, flags: list[str]) -> Non
     assert re.match(VERSION, run.stdout), run.stdout
 
 
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="only where malloc is glibc's")
+@pytest.mark.parametrize("given", [{}, {"PYTHONMALLOC": "pymalloc", "GLIBC_TUNABLES": "glibc.malloc.tcache_max=128"}],
+                         ids=["ours", "given"])
+def test_every_object_comes_from_malloc(rig: Rig, given: dict[str, str]) -> None:
+    """So that memory goes back after a crowd; who has chosen an allocator keeps it."""
+    proxy = rig.proxy(env=given)
+    entries = (Path("/proc") / str(proxy.process.pid) / "environ").read_text().split("\0")
+    chosen = dict(entry.split("=", 1) for entry in entries if entry.startswith(("PYTHONMALLOC=", "GLIBC_TUNABLES=")))
+    free_threaded = "t" in sys.abiflags
+    assert chosen == (given or ({} if free_threaded else {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.tcache_max=64"}))
+    rig.client().req_pq()
+
+
 @pytest.mark.parametrize("option", ["--help", "-h"])
 def test_help(tmp_path: Path, option: str) -> None:
     run = run_program(option, cwd=tmp_path)
