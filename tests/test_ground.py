@@ -1,5 +1,6 @@
 """Room 1: the error tree, the log and its throttle."""
 import copy
+import errno
 import pickle
 
 import pytest
@@ -103,3 +104,13 @@ def test_a_named_tuple_cannot_be_changed():
         Row(1).new = 2
     with pytest.raises(AttributeError):
         Row(1).other = 2
+
+
+@pytest.mark.parametrize(("name", "hard"), [
+    ("ECONNREFUSED", True), ("EADDRINUSE", True), ("EADDRNOTAVAIL", True), ("EINVAL", True), ("EOPNOTSUPP", True), ("ENOSYS", True),
+    ("ETIMEDOUT", False), ("ENETUNREACH", False), ("EHOSTUNREACH", False), ("EACCES", False), ("EAFNOSUPPORT", False),
+    ("ECONNRESET", False),
+])
+def test_errors_that_trying_again_does_not_mend(name, hard):
+    """upstream-and-relay.md 7.4."""
+    assert telemt.RouteError("x", code=getattr(errno, name)).hard is hard

@@ -142,6 +142,7 @@ def test_strangers_get_nothing_and_are_counted_once(make_core, text, sent, reaso
 
 @pytest.mark.parametrize(("sent", "reason"), [
     (b"\x16", Reason.HELLO_TRUNCATED), (b"\x16\x03\x01\x02\x00abc", Reason.HELLO_TRUNCATED),
+    (b"\x16\x03\x01\x40\x00", Reason.HELLO_TRUNCATED),
     (b"A", Reason.PLAIN_TRUNCATED), (b"A" * 63, Reason.PLAIN_TRUNCATED), (b"", None), (b"\x16\x00ab", Reason.PLAIN_TRUNCATED),
 ])
 def test_end_of_stream_before_a_decision(make_core, sent, reason):
@@ -278,6 +279,20 @@ def test_any_split_of_a_handshake_is_the_same(make_core, seed):
 
 def test_hello_delay_holds_the_flight_back(make_core):
     core = make_core("[censorship]\nserver_hello_delay_min_ms = 300\nserver_hello_delay_max_ms = 300")
+    client = core.connect()
+    client.sendall(signed_hello())
+    core.loop.settle()
+    core.loop.turn(0.29)
+    assert read_all(client)[0] == b""
+    core.loop.turn(0.02)
+    assert read_all(client)[0][:3] == b"\x16\x03\x03"
+    client.close()
+
+
+def test_a_hello_delay_whose_maximum_is_the_smaller_one_is_the_minimum(make_core, monkeypatch):
+    """client-protocol.md 6.6: uniform min..max(min, max)."""
+    monkeypatch.setattr(telemt, "draw_fraction", lambda: 0.99)
+    core = make_core("[censorship]\nserver_hello_delay_min_ms = 300\nserver_hello_delay_max_ms = 100")
     client = core.connect()
     client.sendall(signed_hello())
     core.loop.settle()
@@ -856,6 +871,17 @@ def test_a_proxy_header_has_five_seconds_and_the_handshake_counts_from_accept(ma
     assert core.noted == [("other", "10.0.0.1"), ("other", "203.0.113.7")]
     slow.close()
     late.close()
+
+
+def test_a_missing_proxy_header_is_the_reason_although_the_handshake_is_over_too(make_core):
+    """client-protocol.md D4: min(5 s, handshake deadline)."""
+    core = make_core(f"[timeouts]\nclient_handshake = 3\n{ALL_MODES}")
+    client = core.connect(trusted=True)
+    core.loop.turn(3.1)
+    core.loop.settle()
+    assert read_all(client)[1] and core.counters.bad_by_class == {Reason.PROXY_TIMEOUT: 1}
+    assert core.counters.handshake_timeouts_total == 0 and core.noted == [("other", "10.0.0.1")]
+    client.close()
 
 
 def test_the_mask_header_carries_what_the_proxy_header_said(make_core, site):

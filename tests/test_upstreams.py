@@ -260,6 +260,21 @@ def test_buckets(loop, dials, warnings, attempts, bucket, pause, slot):
     assert sum(ways.counters.connect_success_ms) == 0
 
 
+@pytest.mark.parametrize(("backoff", "fraction", "pause_ms"), [(100, 0.0, 100), (100, 0.9999, 150), (1, 0.9999, 2), (0, 0.9999, 0)])
+def test_pause_between_two_attempts(loop, dials, warnings, monkeypatch, backoff, fraction, pause_ms):
+    """upstream-and-relay.md 7.4: whole milliseconds in 0..max(1, backoff // 2) upon it; none at all for 0."""
+    monkeypatch.setattr(telemt, "draw_fraction", lambda: fraction)
+    ways, settings = upstreams(loop, f"[general]\nupstream_connect_retry_backoff_ms = {backoff}")
+    ways.connect_dc(2, settings, "", lambda _: None)
+    dials[0].done(REFUSED)
+    if pause_ms:
+        loop.turn((pause_ms - 0.5) / 1000)
+        assert len(dials) == 1
+    loop.turn(0.001)
+    loop.turn()
+    assert len(dials) == 2
+
+
 def test_switched_off_counters_stand_still(loop, dials, a_stream):
     ways, settings = upstreams(loop)
     ways.counters.enabled = False
@@ -331,6 +346,16 @@ def test_weights_and_latencies_share_out_the_connections(loop):
     ways.routes[1].paths[2].feed(20.0)
     drawn = [ways.draw(ways.routes, 2) for _ in range(4000)]
     assert 0.33 < drawn.count(ways.routes[0]) / 4000 < 0.42, "3 * 1000/100 against 1000/20"
+
+
+@pytest.mark.parametrize(("fraction", "chosen"), [(0.0, 0), (0.399, 0), (0.401, 1), (0.9999, 1)])
+def test_a_millisecond_is_the_shortest_latency(loop, monkeypatch, fraction, chosen):
+    """upstream-and-relay.md 7.3: 1000 / 1.5 against 1000."""
+    ways, _ = upstreams(loop, entries("", ""))
+    for route, latency_ms in zip(ways.routes, (1.5, 0.5), strict=True):
+        route.paths[2].feed(latency_ms)
+    monkeypatch.setattr(telemt, "draw_fraction", lambda: fraction)
+    assert ways.draw(ways.routes, 2) is ways.routes[chosen]
 
 
 def test_no_weight_at_all_is_an_even_choice(loop):
