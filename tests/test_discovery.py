@@ -340,6 +340,18 @@ def test_a_liar_over_tcp(loop, stun, tmp_path, logged, pieces):
     assert view.reflected(4) is None
 
 
+@pytest.mark.parametrize(("body", "found"), [(1024, "203.0.113.9"), (1028, None)])
+def test_body_of_an_answer_over_tcp(loop, stun, tmp_path, logged, body, found):
+    """upstream-and-relay.md D14: 1024 bytes behind the header."""
+    def pieces(request):
+        answer = answer_to(request)
+        filler = struct.pack(">HH", 0x8022, body - 16) + bytes(body - 16)
+        return [answer[:2] + struct.pack(">H", body) + answer[4:20] + filler + answer[20:]]
+    view = view_of(loop, tmp_path, [stun(lambda request: [], tcp=pieces).address])
+    settle(loop, view, 5.1)
+    assert view.reflected(4) == found
+
+
 def test_a_server_that_accepts_and_is_silent_over_tcp(loop, stun, tmp_path, logged):
     done = threading.Event()
     double = stun(lambda request: [], tcp=lambda request: done.wait(5) and [])

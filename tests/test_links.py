@@ -500,6 +500,7 @@ def test_middle_end_that_does_not_read_pauses_clients_until_it_does(rig, me):
         rig.request(link, data)
         rig.loop.turn()
         sent += 1
+    assert (telemt.LINK_HIGH, telemt.LINK_LOW) == (4 << 20, 1 << 20), "middle-proxy-wire.md D15"
     assert session.held == [True] and telemt.LINK_HIGH < link.out.queued < telemt.LINK_HIGH + (1 << 20)
     late = rig.bind(link, 9)
     assert late.held == [True]

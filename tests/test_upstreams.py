@@ -988,3 +988,12 @@ def test_a_name_that_is_not_ascii_is_our_operators_fault(loop, dials, warnings):
     dial_through(loop, 'type = "socks5"\naddress = "прокси.example:1"', found.append)
     loop.settle()
     assert str(found[0]) == "Config error: host name must be ASCII: прокси.example" and found[0].hard
+
+
+@pytest.mark.parametrize(("prefer_v6", "took_v4", "ema"), [(False, 40.0, 40.0), (True, 40.0, 20.0), (False, None, 20.0)])
+def test_the_table_teaches_the_time_of_the_preferred_family_that_works(loop, prefer_v6, took_v4, ema):
+    """upstream-and-relay.md D6."""
+    route = upstreams(loop, families=telemt.Families(True, True, prefer_v6))[0].routes[0]
+    v4, v6 = telemt.DC_TABLE[2]
+    telemt.Survey._learn(route, [telemt.Ping(2, (v6, 443), 20.0, ""), telemt.Ping(2, (v4, 443), took_v4, "")])
+    assert route.paths[2].ema_ms == ema and route.paths[2].works_v4 is (took_v4 is not None)
