@@ -6983,6 +6983,7 @@ class EpollPoller:
         self.modify = self._epoll.modify
         self.unregister = self._epoll.unregister
         self.poll = self._epoll.poll           # at most 1,023 ready fds at once; waits for ever when the time is negative
+        self.fileno = self._epoll.fileno
 
 
 class SelectorsPoller:
@@ -6992,6 +6993,10 @@ class SelectorsPoller:
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
+
+    def fileno(self) -> int:
+        """What is readable when something is ready."""
+        return self._selector.fileno()
 
     @staticmethod
     def _events(mask: int) -> int:
@@ -7022,9 +7027,9 @@ class SelectorsPoller:
 class UvloopPoller:
     """libuv by way of uvloop, for who wants it: there the poller turns the loop, because it can only call back.
 
-    uvloop's loop runs for ever.  What it finds ready in one go is noted and makes one turn of ours, so a turn means the same as
-    with epoll.  Traps: an error of a socket is told once and ends the watch, which is enough because the handler closes it;
-    `run_forever` takes the wake-up descriptor of signals and gives it back, meanwhile handlers run as soon as it wakes.
+    uvloop's loop runs for ever and watches one descriptor: the epoll that holds ours.  Traps: given the sockets themselves libuv tells
+    an error once and ends the watch, so bytes that came before a reset were the last that was heard of it, and it cannot watch for a
+    hang-up alone; `run_forever` takes the wake-up descriptor of signals and gives it back, meanwhile handlers run as soon as it wakes.
     """
 
     name = "uvloop"
@@ -7034,8 +7039,10 @@ class UvloopPoller:
         import uvloop
         self._loop = uvloop.new_event_loop()
         self._loop.set_exception_handler(self._on_exception)
-        self._found: dict[int, int] = {}       # fd -> mask, of the turn to come
-        self._soon = False                     # that turn is under way
+        self._ours = ours = EpollPoller() if hasattr(select, "epoll") else SelectorsPoller()
+        self.register, self.modify, self.unregister = ours.register, ours.modify, ours.unregister
+        self._loop.add_reader(ours.fileno(), self._hurry)
+        self._soon = False                     # the next turn is under way
         self._over = False                     # uvloop goes round once more after its stop(); we do not
         self._timer: Any = None
         self._timer_at = _NEVER
@@ -7043,31 +7050,9 @@ class UvloopPoller:
         self._turn: Callable[[list[tuple[int, int]]], None] = lambda events: None
         self._patience: Callable[[], float | None] = lambda: None
 
-    def register(self, fd: int, mask: int) -> None:
-        """Watch `fd`."""
-        if mask & READ:
-            self._loop.add_reader(fd, self._note, fd, READ)
-        if mask & WRITE:
-            self._loop.add_writer(fd, self._note, fd, WRITE)
-
-    def modify(self, fd: int, mask: int) -> None:
-        """Change what is watched."""
-        if not mask & READ:
-            self._loop.remove_reader(fd)
-        if not mask & WRITE:
-            self._loop.remove_writer(fd)
-        self.register(fd, mask)
-
-    def unregister(self, fd: int) -> None:
-        """Stop watching."""
-        self._loop.remove_reader(fd)
-        self._loop.remove_writer(fd)
-        self._found.pop(fd, None)
-
     def drive(self, turn: Callable[[list[tuple[int, int]]], None], patience: Callable[[], float | None]) -> None:
         """Call turn(ready fds with their masks) whenever something is ready or patience() is over, until that is None."""
         self._turn, self._patience, self._over = turn, patience, False
-        self._found.clear()
         self._plan()
         self._loop.run_forever()
         if self._error is not None:
@@ -7077,10 +7062,6 @@ class UvloopPoller:
         """For tests: a process has one loop, which lives as long."""
         self._loop.close()
 
-    def _note(self, fd: int, bit: int) -> None:
-        self._found[fd] = self._found.get(fd, 0) | bit
-        self._hurry()
-
     def _hurry(self) -> None:
         if not self._soon:
             self._soon = True
@@ -7088,11 +7069,9 @@ class UvloopPoller:
 
     def _on_turn(self) -> None:
         self._soon = False
-        events = list(self._found.items())
-        self._found.clear()
         if self._over:
             return
-        self._turn(events)
+        self._turn(self._ours.poll(0.0))
         self._plan()
 
     def _on_timer(self) -> None:

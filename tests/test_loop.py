@@ -324,6 +324,33 @@ def test_a_refused_connection_is_told_to_who_waits_to_write(turning):
     assert found == [errno.ECONNREFUSED]
 
 
+@pytest.mark.parametrize("mask", [READ, telemt.HANGUP], ids=["read", "hang-up"])
+def test_a_reset_behind_bytes_is_told_too(turning, mask):
+    """uvloop told the bytes, and never again anything: libuv had seen the error in the same moment, and stopped watching."""
+    if mask != READ and turning.poller.name == "selectors":
+        pytest.skip("cannot tell a hang-up alone")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        far = socket.create_connection(server.getsockname())
+        near = server.accept()[0]
+    near.setblocking(False)
+    far.sendall(b"bytes")
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    far.close()
+    heard = []
+
+    def on_ready(_mask):
+        try:
+            heard.append(near.recv(10))
+        except ConnectionResetError:
+            heard.append("reset")
+            turning.drop(near, mask)
+            turning.stop()
+
+    turning.watch(near.fileno(), mask, on_ready)
+    turning.run()
+    assert heard == [b"bytes", "reset"]
+
+
 def test_timers_and_lanes_come_in_order_and_never_early(turning):
     """A machine that sleeps meanwhile makes several of them due in one turn; lanes are first then."""
     begin, fired = turning.now, []
