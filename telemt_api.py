@@ -2087,8 +2087,9 @@ class Store:
             reset_wall = self._port.reset_quota(name)
         except KeyError:                       # in the file, but not in force yet: a pending edit outside
             raise not_found("User not found") from None
-        except (OSError, TimeoutError) as error:
-            raise internal_error(f"failed to write quota state: {error}") from None
+        except OSError as error:               # a TimeoutError too, which has no number
+            path = self._port.settings.general.quota_state_path or ""
+            raise internal_error(f"failed to write quota state: {describe_error(error, path) if error.errno else error}") from None
         return Outcome(revision, self._port.settings, name, "", False, reset_wall)
 
     # -- files

@@ -249,7 +249,9 @@ def test_what_cannot_be_applied_is_written_all_the_same(bench: Bench, logged: li
     assert any(level is telemt.Level.ERROR and "could not be applied" in text for level, text in logged)
 
 
-def test_a_reset_of_a_quota_writes_no_configuration(bench: Bench) -> None:
+def test_a_reset_of_a_quota_writes_no_configuration(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, TEXT + '[general]\nquota_state_path = "/var/lib/telemt/quota.json"\n')
+    bench.port.live = telemt.load_config(str(bench.path)).settings
     made = bench.do("reset_quota", "alice", None, bench.store.revision())
     assert (made.reset_wall, made.changed, made.revision) == (5, False, bench.store.revision())
 
@@ -258,7 +260,14 @@ def test_a_reset_of_a_quota_writes_no_configuration(bench: Bench) -> None:
 
     bench.port.resets = full
     assert bench.refusal("reset_quota", "alice") == (
-        500, "internal_error", "failed to write quota state: [Errno 28] No space left on device")
+        500, "internal_error", "failed to write quota state: No space left on device (os error 28): directory /var/lib/telemt")
+
+    def slow(name: str) -> int:
+        raise TimeoutError("the data plane did not answer within 10 s")
+
+    bench.port.resets = slow
+    assert bench.refusal("reset_quota", "alice") == (
+        500, "internal_error", "failed to write quota state: the data plane did not answer within 10 s")
 
 
 # -- what the editor cannot do
