@@ -613,7 +613,8 @@ def _found(value: object) -> str:
     if isinstance(value, (list, dict)) or (isinstance(value, int) and value not in _INT64):    # of more digits than Python prints
         return _word(value)
     if isinstance(value, str):
-        return f"string {_quoted(value)}"
+        # a line appended to the file lands in its last table
+        return "a secret: users stand under [access.users]" if _HEX32.match(value) else f"string {_quoted(value)}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -212,6 +212,15 @@ def test_messages_never_show_a_secret(text: str) -> None:
     assert "31415" not in str(refuse(text))
 
 
+@pytest.mark.parametrize("table", ["access.user_expirations", "access.user_max_tcp_conns", "access.user_data_quota", "access.user_enabled"])
+@pytest.mark.parametrize("lead", ["", "dd", "ee"])
+def test_a_user_below_the_wrong_header_is_named_without_the_secret(table: str, lead: str) -> None:
+    """Found from outside: a line appended to the file landed in its last table, and its secret in the log."""
+    text = str(refuse(f'[access.users]\nalice = "{SECRET}"\n[{table}]\nbob = "{lead}{SECRET}{"6578" * bool(lead)}"'))
+    assert SECRET not in text and text.startswith(f"Config error: {table}.bob: expected ")
+    assert text.endswith("found a secret: users stand under [access.users]")
+
+
 def test_long_and_odd_values_stay_one_printable_line() -> None:
     text = str(refuse(f'general.log_level = "a\\n\\u001b{"x" * 500}"'))
     assert text.isprintable() and len(text) < 200
