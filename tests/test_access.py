@@ -49,13 +49,21 @@ def test_zero_blocks_and_words(text, message):
     assert users.users["alice"].sessions == 0 and not users.users["alice"].ips
 
 
-def test_order_of_limits():
+def test_order_of_limits(logged):
     user = table('[access.user_enabled]\nalice = false\n[access.user_expirations]\nalice = "1970-01-01T00:00:00Z"\n'
-                 "[access.user_data_quota]\nalice = 0").users["alice"]
+                 "[access.user_data_quota]\nalice = 0\n[access.user_max_unique_ips]\nalice = 0\n"
+                 "[access.user_max_tcp_conns]\nalice = 0").users["alice"]
     assert refusal(user) == "User alice disabled"
     user.enabled = True
     assert refusal(user) == "User alice expired"
     user.expires_wall = 9.0
+    logged.clear()
+    assert refusal(user) == "User alice exceeded connection limit"
+    assert logged == [(telemt.Level.WARN, "IP limit exceeded user=alice ip=10.0.0.1 reason=IP limit reached for user 'alice': "
+                                          "0/0 unique IPs already connected")]
+    user.max_ips = 1
+    assert refusal(user) == "User alice exceeded connection limit" and len(logged) == 1
+    user.max_sessions = 1
     assert refusal(user) == "User alice exceeded data quota"
 
 

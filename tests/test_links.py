@@ -826,6 +826,43 @@ def test_a_new_list_counts_the_second_time_and_the_startup_one_never_again(tmp_p
     assert world.pool.maps[1:] == [({2: (("3.3.3.3", 80),)}, {}, 2)]
 
 
+@pytest.mark.parametrize("rotates", [True, False])
+def test_the_secret_is_asked_for_again_only_where_that_is_wanted(tmp_path, rotates):
+    """middle-proxy-wire.md 2.4 step 7."""
+    world = started(tmp_path, f"proxy_secret_rotate_runtime = {str(rotates).lower()}\n")
+    world.loop.turn(300)
+    world.answer("getProxyConfig", LIST_A)
+    assert [url for url, _ in world.asked] == [telemt.SECRET_URL] * rotates
+
+
+def test_a_list_that_cannot_be_had_is_asked_for_three_times(tmp_path, logged):
+    """middle-proxy-wire.md 2.4: pauses of 1 s and 5 s, and one warning."""
+    world = started(tmp_path)
+    world.loop.turn(300)
+    for pause_s in (1.0, 5.0):
+        world.answer("getProxyConfig", OSError(errno.ENETUNREACH, "no"))
+        world.loop.turn(pause_s - 0.1)
+        assert world.asked == []
+        world.loop.turn(0.2)
+    assert not [line for level, line in logged if level is telemt.Level.WARN]
+    world.answer("getProxyConfig", OSError(errno.ENETUNREACH, "no"))
+    assert [line for level, line in logged if level is telemt.Level.WARN] == [
+        f"fetch_proxy_config failed family=4 error=IO error: no (os error {errno.ENETUNREACH})"]
+    assert [url for url, _ in world.asked] == [telemt.SECRET_URL] and world.pool.maps == []
+
+
+@pytest.mark.parametrize(("skew_s", "said"), [(30, ""), (31, ">30s"), (-31, ">30s"), (60, ">30s"), (61, ">60s"), (-86_400, ">60s")])
+def test_a_clock_that_is_off_is_said(tmp_path, monkeypatch, logged, skew_s, said):
+    """middle-proxy-wire.md 2.1: never fatal."""
+    monkeypatch.setattr(telemt.time, "time", lambda: 1_760_000_000.0)
+    world = World(tmp_path)
+    world.directory.start()
+    world.answer("getProxySecret", (200, SECRET_A, 1_760_000_000.0 - skew_s))
+    lines = [line for level, line in logged if level is telemt.Level.WARN]
+    assert len(lines) == bool(said) and all(line.startswith(f"Time skew {said}") for line in lines)
+    assert world.pool.secrets == [(SECRET_A, 1)]
+
+
 def test_a_list_without_end_is_cut_and_said_so(tmp_path, monkeypatch):
     """Each endpoint gets a link or three: a list of 30,000 must not take every descriptor."""
     lines = []

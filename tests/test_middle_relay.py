@@ -173,6 +173,16 @@ def test_desync_is_reported_in_full_once_a_minute_per_client(middle, monkeypatch
     assert any("frames_ok=3, conn_id=4386, trace_id=0x0000000000001122" in text for _, text in lines)
 
 
+def test_the_minute_of_a_desync_counts_from_the_first_one(middle):
+    """middle-proxy-wire.md 9: the window is not extended."""
+    for pause_s in (0, 40, 21):
+        bench = middle(limit=4096)
+        bench.core.loop.turn(pause_s)
+        bench.say(b"\x16\x03\x01\x02")
+    totals = bench.core.counters.me.totals
+    assert (totals["desync_full_logged_total"], totals["desync_suppressed_total"]) == (2, 1)
+
+
 def test_a_desync_of_an_abridged_client_shows_its_length(middle, monkeypatch):
     """middle-proxy-wire.md 9: raw_bytes are the length in bytes, little-endian, not the words that came."""
     lines = []
