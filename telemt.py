@@ -16188,7 +16188,9 @@ class Attempt:
         head = self.answer.peek(4)
         size = int.from_bytes(head, "little") & 0x7FFFFFFF
         if len(head) == 4 and not 4 <= size <= 1024:
-            self._fail("the answer makes no sense: probably a server that is no proxy, or the secret is wrong")
+            self._fail(f"the handshake was fine, so the secret is right, but what answers is not data centre {self.dc}: "
+                       "something on the server's way to Telegram answers in its place" if self.link.mode == "ee" else
+                       "the answer makes no sense: probably a server that is no proxy, or the secret is wrong")
         elif len(head) == 4 and len(self.answer) >= 4 + size:
             self._judge(self.answer.peek(4 + size)[4:])
 

@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from doubles import PROGRAM, USERS, BlackHole, Rig, patient, run_program
+from doubles import PROGRAM, USERS, BlackHole, Rig, helper, patient, run_program
 from programs import Nginx, needs
 
 DOMAIN = "www.example.com"
@@ -102,6 +102,19 @@ def test_clocks_apart_are_told_from_a_wrong_secret(rig: Rig) -> None:
     done = run_program("ping", link(proxy.port), cwd=rig.folder, timeout=60)
     assert done.returncode == 1
     assert "the secret is right, but the clocks differ" in done.stdout
+
+
+def test_a_stranger_in_the_place_of_a_data_centre_is_no_wrong_secret(rig: Rig) -> None:
+    """Found from outside: a network that answers every connection itself was explained as a wrong secret."""
+    dc = rig.main_dc(manual=True)
+    proxy = rig.proxy()
+
+    def answer() -> None:
+        dc.take(20.0).sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    with helper(answer):
+        done = run_program("ping", link(proxy.port, "ee"), "--dc", "2", cwd=rig.folder, timeout=60)
+    assert done.returncode == 1 and "what answers is not data centre 2" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize(("answer", "mode", "text"), [
