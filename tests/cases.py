@@ -150,8 +150,8 @@ def client_preamble(secret=SECRET, proto="secure", dc=2, seed=1):
     return head + sending.update(plain)[56:], sending, receiving
 
 
-def signed_hello(secret=SECRET, timestamp=None, seed=1):
-    """A ClientHello record of 517 bytes with an X25519 share, signed for `timestamp` (default: now)."""
+def signed_hello(secret=SECRET, timestamp=None, seed=1, group=29):
+    """A ClientHello record of 517 bytes with an X25519 share (or one of another group), signed for `timestamp` (default: now)."""
     rng = random.Random(seed)
 
     def extension(kind, body):
@@ -159,7 +159,8 @@ def signed_hello(secret=SECRET, timestamp=None, seed=1):
 
     name = b"front.example"
     extensions = (extension(0, (len(name) + 3).to_bytes(2, "big") + b"\0" + len(name).to_bytes(2, "big") + name)
-                  + extension(51, b"\x00\x24\x00\x1d\x00\x20" + rng.randbytes(32)) + extension(43, b"\x02\x03\x04"))
+                  + extension(51, b"\x00\x24" + group.to_bytes(2, "big") + b"\x00\x20" + rng.randbytes(32))
+                  + extension(43, b"\x02\x03\x04"))
     fixed = b"\x03\x03" + bytes(32) + b"\x20" + rng.randbytes(32) + b"\x00\x04\x13\x01\x13\x02" + b"\x01\x00"
     padding = 512 - 4 - len(fixed) - 2 - len(extensions) - 4
     extensions += extension(21, bytes(padding))

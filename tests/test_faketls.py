@@ -126,6 +126,14 @@ def test_server_hello_lengths(size):
     assert kinds == [(0x16, 90 + size), (0x14, 1), (0x17, 100)]
 
 
+@pytest.mark.parametrize("size", [0, 2])
+def test_a_change_of_cipher_has_one_byte(size):
+    """client-protocol.md D14."""
+    reader = telemt.RecordReader()
+    assert reader.payload(b"\x14\x03\x03\0" + bytes([size]) + bytes(size)) == b""
+    assert str(reader.failed) == f"Invalid ChangeCipherSpec length: {size}"
+
+
 def test_fake_alert_looks_like_an_encrypted_alert():
     alert = build_fake_alert(bytes)
     assert alert[:5] == b"\x17\x03\x03\x00\x13" and len(alert) == 24

@@ -26,6 +26,15 @@ def test_cap_follows_the_fd_limit(fds, cap):
     assert slot_cap(fds) == cap
 
 
+def test_a_cap_that_is_reached_again_and_again_is_said_once_a_minute(logged):
+    """client-protocol.md D2."""
+    places = Places(1)
+    for owner in "abc":
+        places.take(owner)
+        places.give(owner)
+    assert [text for _, text in logged] == ["Connection limit reached limit=1"]
+
+
 def test_accepting_stops_at_the_cap_and_goes_on_below(make_server, logged):
     server = make_server()
     list(server.open_listeners())

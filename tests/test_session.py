@@ -8,7 +8,7 @@ import pytest
 
 import telemt
 from telemt import Reason
-from tests.cases import SECRET, FakeCore, client_preamble, load_vector, read_all, settings_of, signed_hello, tcp_pair
+from tests.cases import OTHER, SECRET, FakeCore, client_preamble, load_vector, read_all, settings_of, signed_hello, tcp_pair
 
 ALL_MODES = "[general.modes]\nclassic = true\nsecure = true\ntls = true\n"
 
@@ -137,6 +137,29 @@ def test_strangers_get_nothing_and_are_counted_once(make_core, text, sent, reaso
     client = core.connect()
     client.sendall(sent)
     assert outcome(core, client) == (b"", True, reason)
+    client.close()
+
+
+def test_a_hello_that_we_cannot_answer_is_not_remembered(make_core):
+    """tls-front.md 9.3: it is the mask host's, as for a wrong digest, before the replay table."""
+    core = make_core()
+    for _ in range(2):
+        client = core.connect()
+        client.sendall(signed_hello(group=23))
+        core.loop.settle()
+        client.close()
+    core.loop.settle()
+    assert core.counters.bad_by_class == {Reason.HELLO_MALFORMED: 2} and len(core.doorman.hellos) == 0
+
+
+def test_who_was_here_is_tried_first(make_core):
+    """client-protocol.md D12."""
+    core = make_core(f'{ALL_MODES}[access.users]\nalice = "{OTHER}"\nbob = "{SECRET}"\n')
+    assert [user.name for user in core.doorman.candidates("10.0.0.1", 0.0)] == ["alice", "bob"]
+    client = core.connect()
+    client.sendall(client_preamble()[0])
+    core.loop.settle()
+    assert [user.name for user in core.doorman.candidates("10.0.0.1", 0.0)] == ["bob", "alice"]
     client.close()
 
 
