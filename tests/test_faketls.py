@@ -415,6 +415,13 @@ def our_file(**change):
     return json.dumps(document).encode()
 
 
+def test_a_file_may_have_a_mebibyte():
+    """tls-front.md 9.5."""
+    assert telemt.parse_front_file(our_file().ljust(1 << 20), 0.0)[0] == "example.com"
+    with pytest.raises(ValueError, match="too large"):
+        telemt.parse_front_file(our_file().ljust((1 << 20) + 1), 0.0)
+
+
 def test_file_has_the_layout_of_the_reference():
     """Keys in the order of 3.2.1, two spaces, one array element a line; every key it requires, with its type."""
     text = telemt.build_front_file("example.com", PROFILE, HYBRID_HELLO).decode()

@@ -920,3 +920,23 @@ def test_a_link_whose_options_are_refused_is_worth_a_warning(logged):
     with one, other:
         telemt.tune_link(one)
     assert (telemt.Level.WARN, "Failed to configure Middle-End socket") in logged
+
+
+@pytest.mark.parametrize(("tune", "wanted"), [
+    (lambda sock: None, (40, 40, 5, 0)), (telemt.tune_link, (30, 10, 3, 30_000)),
+    (lambda sock: telemt.tune_client(sock, 60, 300), (60, 60, 5, 300_000)),
+])
+def test_options_of_sockets(loop, tune, wanted):
+    """upstream-and-relay.md 10 and D16: what every dialled socket has, and what a link and a client have instead."""
+    dialled = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        Dial(loop, *server.getsockname(), None, dialled.append)
+        while not dialled:
+            loop.turn()
+    tune(dialled[0].sock)
+    found = [dialled[0].sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))
+             for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")]
+    assert tuple(found) == wanted and dialled[0].sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    assert dialled[0].sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    dialled[0].close()
+    loop.turn()
