@@ -756,7 +756,11 @@ class Proxy:
         self.pid = self.process.pid
         self.quiet_fds: Counter[str] = Counter()
         if ready:
-            self.wait_log(ready)
+            try:
+                self.wait_log(ready)
+            except AssertionError:
+                self.kill()                     # nobody gets hold of us to do it
+                raise
             self.quiet_fds = self.fds()
 
     def _read(self, pipe: Any, into: list[str]) -> None:

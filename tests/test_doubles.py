@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +105,22 @@ def test_pattern_is_reproducible_and_does_not_repeat() -> None:
     whole = b"".join(doubles.pattern(1, 3 * MIB + 5))
     assert len(whole) == 3 * MIB + 5 and whole == b"".join(doubles.pattern(1, 3 * MIB + 5))
     assert len({whole[:16], whole[MIB:MIB + 16], b"".join(doubles.pattern(2, 16))}) == 3
+
+
+def test_a_proxy_that_does_not_start_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a slow machine they piled up, and made it slower."""
+    monkeypatch.setattr(doubles, "patient", lambda limit_s: limit_s * 0.05 if limit_s == 10.0 else limit_s)
+    started: list[int] = []
+
+    class Watched(doubles.subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **words: Any) -> None:
+            super().__init__(*args, **words)
+            started.append(self.pid)
+
+    monkeypatch.setattr(doubles.subprocess, "Popen", Watched)
+    with pytest.raises(AssertionError, match="not logged: Listening"):
+        doubles.Proxy(tmp_path / "proxy", "", command=[sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+    assert len(started) == 1 and not Path(f"/proc/{started[0]}").exists()
 
 
 def test_poll_gives_up_with_its_reason() -> None:
