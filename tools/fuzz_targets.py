@@ -384,14 +384,18 @@ class FakeSocket:
         self._pieces = [piece for piece in pieces if piece]
         self.sent = bytearray()
 
-    def settimeout(self, seconds: float) -> None:
-        assert seconds > 0
+    def getsockopt(self, level: int, option: int, size: int) -> bytes:
+        return bytes(16)                        # of a timeval
+
+    def setsockopt(self, level: int, option: int, value: bytes) -> None:
+        assert option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO) and struct.unpack("@qq", value) > (0, 0)
 
     def recv(self, size: int) -> bytes:
         return self._pieces.pop(0) if self._pieces else b""
 
-    def sendall(self, data: bytes) -> None:
+    def send(self, data: bytes) -> int:
         self.sent += data
+        return len(data)
 
     def shutdown(self, how: int) -> None:
         pass
