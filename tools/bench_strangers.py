@@ -306,7 +306,7 @@ def measure_loris(proxy: Proxy, count: int, seconds: float) -> Loris:
     limit = time.monotonic() + 20
     while len(list((proxy.proc / "fd").iterdir())) > 60 and time.monotonic() < limit:
         time.sleep(0.05)
-    time.sleep(3.0)                             # the proxy tidies up two seconds after a crowd
+    time.sleep(5.0)                             # the proxy tidies up two seconds after a crowd
     return Loris(median(alone), median(among), sorted(among)[int(len(among) * 0.99)], before, during, proxy.status("VmRSS") / 1024)
 
 
