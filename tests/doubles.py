@@ -696,7 +696,8 @@ class BlackHole:
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z (TRACE|DEBUG| INFO| WARN|ERROR) telemt(::\w+)*: \S?.*")      # config.md 5.4
 _LIMITED = ("import os, resource, sys; n = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_NOFILE, (n, n)); "
             "os.execv(sys.argv[2], sys.argv[2:])")
-_ENV_DROPPED = ("RUST_LOG", "NO_COLOR", "TELEMT_", "PYTHON", "COVERAGE")
+_ENV_DROPPED = ("RUST_LOG", "NO_COLOR", "TELEMT_", "PYTHON", "COVERAGE",
+                "MAKE", "MFLAGS", "ARGS", "VENV", "JOBS")      # of the `make test` around us: no matter of the make that a test runs
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
