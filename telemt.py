@@ -7453,7 +7453,14 @@ def open_to_read(path: str, flags: int = 0) -> BinaryIO:
 
     A pipe without a writer is not waited for, and a directory leaves no descriptor open, as it does with open(fd).
     """
+    refuse_nul(path)
     return open(path, "rb", opener=lambda name, mode: os.open(name, mode | os.O_NONBLOCK | os.O_NOCTTY | flags))
+
+
+def refuse_nul(path: str) -> None:
+    """Raise OSError for what a configuration may call a path and no system does; Python's is a ValueError."""
+    if "\0" in path:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
 
 def write_whole(path: str, text: str | bytes, *, replace: bool, mode: int | None = 0o600) -> None:
@@ -7463,6 +7470,7 @@ def write_whole(path: str, text: str | bytes, *, replace: bool, mode: int | None
     existing file keeps its owner, and a symbolic link stays one.  Without `replace` a file that exists is an error.
     mode: its permissions; None = those that it had, those of the umask for a new one.
     """
+    refuse_nul(path)
     path = os.path.realpath(path)
     before = os.stat(path) if os.path.exists(path) else None
     if before is not None and not (replace and stat.S_ISREG(before.st_mode)):
@@ -8735,6 +8743,7 @@ def bind_unix(path: str) -> socket.socket:
 
     Only a dead socket is removed: whatever else lies there is somebody's file (config.md 8 item 18).
     """
+    refuse_nul(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
@@ -8842,6 +8851,7 @@ def interface_addresses(name: str) -> list[str]:
     By rtnetlink; where AF_NETLINK is forbidden, by ioctl (without ctypes the first IPv4 address only) and /proc/net/if_inet6.
     """
     try:
+        refuse_nul(name)
         index = socket.if_nametoindex(name)
         return [ip for ip in _netlink_addresses(index) if not ip.startswith("fe80:")]
     except (OSError, AttributeError):
@@ -12351,6 +12361,7 @@ class Observer:
 
     @staticmethod
     def _write(path: str, rows: list[tuple[str, str, int]]) -> None:
+        refuse_nul(path)
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         write_whole(path, format_observations(rows), replace=True, mode=None)
 
@@ -12913,6 +12924,7 @@ def read_front_file(path: str) -> tuple[bytes, float]:
 
 def write_front_file(directory: str, domain: str, text: str) -> None:
     """Write the cache file of `domain` (is_front_name) whole or not at all; runs in a helper thread.  Raises OSError."""
+    refuse_nul(directory)
     os.makedirs(directory or ".", exist_ok=True)
     write_whole(os.path.join(directory, f"{domain}.json"), text, replace=True)
 
@@ -14409,6 +14421,7 @@ def render_quota_state(usage: Iterable[Usage]) -> bytes:
 
 def write_quota_file(path: str, data: bytes) -> None:
     """Put the state at `path` in one step, readable by its owner only; a symlink there is replaced.  Raises OSError."""
+    refuse_nul(path)
     directory, name = os.path.split(path)
     os.makedirs(directory, exist_ok=True)
     draft = os.path.join(directory, f".{name}.tmp-{int.from_bytes(os.urandom(8), 'big')}")

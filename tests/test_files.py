@@ -55,6 +55,17 @@ def test_a_directory_in_the_place_of_a_file_costs_no_descriptor(tmp_path, read):
     assert os.listdir("/proc/self/fd") == before
 
 
+@pytest.mark.parametrize("use", [
+    telemt.bind_unix, telemt.read_config_bytes, telemt.read_front_file, lambda path: telemt.write_whole(path, "", replace=True),
+    lambda path: telemt.write_quota_file(path, b""), lambda path: telemt.Observer._write(path, []),
+    lambda path: telemt.write_front_file(path, "a", "{}")],
+    ids=["unix socket", "config", "front", "write", "quota", "observer", "front cache"])
+def test_a_nul_in_a_path_is_an_error_of_the_system(tmp_path, use):
+    """Found from outside: Python's ValueError for it was a traceback at the start, and at the stop."""
+    with pytest.raises(OSError, match="Invalid argument"):
+        use(f"{tmp_path}/a\0b")
+
+
 class Quotas:
     """A QuotaState whose helper thread works when told."""
 

@@ -866,7 +866,8 @@ def test_addresses_of_an_interface(monkeypatch, broken):
         monkeypatch.setattr(telemt.socket if name == "if_nametoindex" else telemt, name, forbidden)
     found = telemt.interface_addresses("lo")
     assert "127.0.0.1" in found and all(telemt.parse_ip(ip) is not None for ip in found)
-    assert telemt.interface_addresses("nosuch9") == [] and telemt.interface_addresses("x" * 40) == []
+    for name in ("nosuch9", "lo\0", "x" * 40):
+        assert telemt.interface_addresses(name) == []
 
 
 def test_every_interface_is_read_the_same_both_ways():
