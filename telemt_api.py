@@ -4355,7 +4355,9 @@ class ApiClient:
                 if kept is not None:
                     kept.close()
                 if fresh or kept is None:      # a kept connection may have been closed meanwhile: once more on a new one
-                    raise TopError(f"no answer from the API at {self.where}: {str(error) or 'closed'}") from None
+                    why = getattr(error, "strerror", None) or str(error) or "closed"
+                    raise TopError(f"no answer from the API at {self.where}: {why}; is the proxy running, and was server.api.enabled "
+                                   "true when it was started?") from None
         raise AssertionError
 
     def _ask(self, path: str) -> tuple[int, JsonObject]:

@@ -205,7 +205,7 @@ def test_what_is_no_answer_is_said(answer: bytes) -> None:
 def test_nothing_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    with pytest.raises(TopError, match="refused"):
+    with pytest.raises(TopError, match=r"Connection refused; is the proxy running, and was server\.api\.enabled true"):
         ApiClient("127.0.0.1", port, "").get("/health")
 
 
