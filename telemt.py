@@ -63,7 +63,8 @@ if sys.version_info < (3, 11):
 
 
 def _slim(code: Any) -> Any:
-    """The same code without its docstrings and without the columns of its line table, which is half of it; tracebacks keep the lines.
+    """The same code without what nothing reads while it runs: docstrings, annotations of functions, names of classes in front of
+    those of methods, the columns of its line table, which are half of it.  Tracebacks keep the lines.
 
     Bytes of the table as in CPython's locations.md: two kinds of entries are enough, for up to eight code units each.
     """
@@ -82,10 +83,11 @@ def _slim(code: Any) -> Any:
                 table.append(step & 63 | 64)
                 step >>= 6
             table.append(step)
-    consts = [_slim(item) if isinstance(item, type(code)) else item for item in code.co_consts]
+    consts = [_slim(item) if isinstance(item, type(code)) else () if isinstance(item, tuple) and item[-2:-1] == ("return",) else item
+              for item in code.co_consts]                      # annotations are ("name", "type", ... "return", "type")
     if consts and code.co_flags & 2 and code.co_name[0] != "<" and isinstance(consts[0], str):     # 2: has fast locals, so no class
         consts[0] = None
-    return code.replace(co_consts=tuple(consts), co_linetable=bytes(table))
+    return code.replace(co_consts=tuple(consts), co_linetable=bytes(table), co_qualname=code.co_name)
 
 
 # Every object of the new image comes from malloc.  Python's own allocator works in pieces of a megabyte and gives one back when nothing
@@ -97,6 +99,8 @@ if "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", ()) and "t" not in sys.
     _MALLOC = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.tcache_max=64"}
 
 _LOADER = """
+import sys
+sys.path[:] = %r
 def _load(fd, size):
     import marshal
     with open(fd, 'rb') as file:
@@ -113,17 +117,13 @@ def _start_afresh() -> bool:
     Compiling 16,000 lines leaves 20 MB of heap that malloc does not give back: as much as the running proxy needs.  Python runs
     compiled code from any file, so it goes into a nameless one in memory, behind a few lines that run it, so that the code of
     classes and of the file itself can be forgotten before the proxy begins; `-X telemt=` carries the name, for us and for `ps`.
+    What `site` found out is in sys.path already and goes along, so the image does without that module (-S).
     Same process, same arguments.  Where anything is unusual, or fails, nothing happens.  True: this is the new image.
     """
     at = len(sys.orig_argv) - len(sys.argv)
     script = sys.argv[0]
     stops = (signal.SIGINT, signal.SIGTERM)
     if script.startswith("/proc/self/fd/") and "telemt" in sys._xoptions:
-        name = os.path.realpath(str(sys._xoptions["telemt"]))  # telemt_api.py lies beside telemt.py, not in /proc or beside a link to it
-        if os.path.basename(sys._getframe(1).f_code.co_filename) == "__main__.py":
-            sys.path[:0 if sys.flags.safe_path else 1] = [name]        # telemt.pyz holds both; Python itself looks there with -I too
-        elif not sys.flags.safe_path:
-            sys.path[0] = os.path.dirname(name)
         for key, value in _MALLOC.items():
             if os.environ.get(key) == value:
                 del os.environ[key]            # meant for us, not for programs that we start
@@ -143,12 +143,13 @@ def _start_afresh() -> bool:
         with open(fd, "wb", closefd=False) as file:
             magic: bytes = sys.modules["_frozen_importlib_external"].MAGIC_NUMBER
             book = marshal.dumps(_slim(sys._getframe(1).f_code))
-            file.write(magic + bytes(12) + marshal.dumps(compile(_LOADER % (fd, len(book)), "<loader>", "exec")) + book)
+            loader = _LOADER % ([os.path.abspath(entry) for entry in sys.path], fd, len(book))
+            file.write(magic + bytes(12) + marshal.dumps(compile(loader, "<loader>", "exec")) + book)
         if not os.path.exists(f"/proc/self/fd/{fd}"):          # no /proc, as in a chroot: after execv there is no way back
             os.close(fd)
             return False
         signal.pthread_sigmask(signal.SIG_BLOCK, stops)        # the new image has no handlers yet; the mask outlives exec
-        command = [sys.orig_argv[0], *flags, "-X", f"telemt={script}", f"/proc/self/fd/{fd}", *sys.argv[1:]]
+        command = [sys.orig_argv[0], *flags, "-S", "-X", f"telemt={script}", f"/proc/self/fd/{fd}", *sys.argv[1:]]
         os.execve(sys.executable, command, {**_MALLOC, **os.environ})
     except (OSError, ValueError):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
@@ -17080,8 +17081,8 @@ def own_command(cwd: str) -> list[str]:
     at = len(argv) - len(sys.argv)
     if "telemt" in sys._xoptions:              # the image of _start_afresh: back to the file that it was made from
         argv[at] = str(sys._xoptions["telemt"])
-        del argv[at - 2:at]
-        at -= 2
+        del argv[at - 3:at]                    # -S -X telemt=
+        at -= 3
     if argv[at] == sys.argv[0] or "telemt" in sys._xoptions:
         argv[at] = os.path.join(cwd, argv[at])
     return [sys.executable, *argv]

@@ -167,9 +167,9 @@ def test_limit_of_a_drain(monkeypatch, text, limit_s):
 
 @pytest.mark.parametrize(("orig", "argv", "options", "command"), [
     (["python3", "telemt.py", "a.toml"], ["telemt.py", "a.toml"], {}, ["python3", "/w/telemt.py", "a.toml"]),
-    (["python3", "-B", "-X", "telemt=telemt.py", "/proc/self/fd/3", "a.toml", "-s"], ["/proc/self/fd/3", "a.toml", "-s"],
+    (["python3", "-B", "-S", "-X", "telemt=telemt.py", "/proc/self/fd/3", "a.toml", "-s"], ["/proc/self/fd/3", "a.toml", "-s"],
      {"telemt": "telemt.py"}, ["python3", "-B", "/w/telemt.py", "a.toml", "-s"]),
-    (["python3", "-X", "telemt=/x/t.pyz", "/proc/self/fd/3"], ["/proc/self/fd/3"], {"telemt": "/x/t.pyz"}, ["python3", "/x/t.pyz"]),
+    (["python3", "-S", "-X", "telemt=/x/t.pyz", "/proc/self/fd/3"], ["/proc/self/fd/3"], {"telemt": "/x/t.pyz"}, ["python3", "/x/t.pyz"]),
     (["python3", "-m", "telemt", "a.toml"], ["/x/telemt.py", "a.toml"], {}, ["python3", "-m", "telemt", "a.toml"]),
     (["python3", "-c", "code", "a.toml"], ["-c", "a.toml"], {}, ["python3", "-c", "code", "a.toml"]),
 ], ids=["plain", "fresh-image", "archive", "module", "code"])
