@@ -176,7 +176,6 @@ import binascii
 import bisect
 import collections
 import contextlib
-import datetime
 import enum
 import errno
 import fcntl
@@ -188,7 +187,6 @@ import importlib
 import io
 import ipaddress
 import itertools
-import math
 import mmap
 import re
 import resource
@@ -198,13 +196,13 @@ import socket
 import stat
 import struct
 import time
-import tomllib
 import zlib
 from collections.abc import Callable, Container, Generator, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeAlias, TypeVar, assert_never
 
 if TYPE_CHECKING:
     import argparse
+    import datetime
     import http.client
     from typing import BinaryIO, NamedTuple, NoReturn, Protocol
 
@@ -227,6 +225,7 @@ REFERENCE: Final = "telemt 3.2.1 config and API"
 Bytes: TypeAlias = "bytes | bytearray | memoryview"
 Entropy: TypeAlias = "Callable[[int], bytes]"      # n -> n unpredictable bytes; os.urandom outside tests
 Clock: TypeAlias = "Callable[[], float]"           # seconds; monotonic or unix as the parameter name says
+INF: Final = float("inf")                          # `math` would load the C library of that name
 
 
 class _RowType(type):
@@ -666,7 +665,7 @@ def _as_float(value: object) -> float | None:
 
 def _as_str(value: object) -> str | None:
     """Strings, and the canonical text of an unquoted date-time: so the reference sees it."""
-    if isinstance(value, (datetime.date, datetime.time)):
+    if hasattr(value, "isoformat"):
         return re.sub(r"(\.[0-9]+?)0+\b", r"\1", value.isoformat().replace("+00:00", "Z"))
     return value if isinstance(value, str) else None
 
@@ -711,6 +710,7 @@ _MOMENT: Final = re.compile(
 
 def parse_expiration(text: str) -> datetime.datetime | None:
     """Return the moment in UTC, at microsecond resolution, or None if the text is none (config.md 7)."""
+    import datetime  # few configurations have a date
     match = _MOMENT.fullmatch(text)
     if match is None:
         return None
@@ -1109,7 +1109,7 @@ def as_json(value: Any) -> Any:
         return [as_json(item) for item in value]
     if isinstance(value, Mapping):
         return {name: as_json(item) for name, item in value.items()}
-    if isinstance(value, datetime.datetime):
+    if hasattr(value, "isoformat"):
         return value.replace(tzinfo=None).isoformat() + "Z"
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
@@ -1276,6 +1276,354 @@ def effective_update_every(general: General) -> int:
     return old if general.update_every is None else general.update_every
 
 
+# -- TOML 1.0 (toml.io/en/v1.0.0).  Ours, because tomllib and what it needs (typing, re, string, datetime) take 1.7 MB for good;
+# tests/laws/test_toml_laws.py compares the two.
+
+_TOML_WS: Final = " \t"
+_TOML_BARE: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-"
+_TOML_SCALAR: Final = _TOML_BARE + "+.:"
+_TOML_ESCAPES: Final = {"b": "\b", "t": "\t", "n": "\n", "f": "\f", "r": "\r", '"': '"', "\\": "\\"}
+_TOML_BASES: Final = {"0x": (16, "0123456789abcdefABCDEF_"), "0o": (8, "01234567_"), "0b": (2, "01_")}
+_NAN: Final = float("nan")
+_TOML_WORDS: Final = {"true": True, "false": False, "inf": INF, "+inf": INF, "-inf": -INF, "nan": _NAN, "+nan": _NAN, "-nan": _NAN}
+_DIGITS: Final = "0123456789"
+
+
+def _whole(digits: str) -> bool:
+    """Whether these are decimal digits, one underscore at most between two."""
+    return not digits.strip(_DIGITS + "_") and all(group for group in digits.split("_"))
+
+
+def _toml_number(token: str) -> int | float | None:
+    """The integer or float that `token` writes, None if it is none.  Raises ValueError for thousands of digits."""
+    base, digits = _TOML_BASES.get(token[:2], (10, ""))
+    if digits:
+        fits = len(token) > 2 and not token[2:].strip(digits) and all(token[2:].split("_"))
+        return int(token[2:].replace("_", ""), base) if fits else None
+    mantissa, e, exponent = token.replace("E", "e").partition("e")
+    whole, point, fraction = mantissa.partition(".")
+    unsigned = whole[1:] if whole[:1] in ("+", "-") else whole
+    if not _whole(unsigned) or unsigned[0] == "0" != unsigned or (point and not _whole(fraction)):
+        return None
+    if e and not _whole(exponent[1:] if exponent[:1] in ("+", "-") else exponent):
+        return None
+    return float(token.replace("_", "")) if point or e else int(token)
+
+
+def _toml_time(text: str) -> tuple[int, int, int, int] | None:
+    """`07:32:00.5` as hour, minute, second, microsecond; None for anything else."""
+    clock, point, fraction = text.partition(".")
+    parts = clock.split(":")
+    if [len(part) for part in parts] != [2, 2, 2] or clock.strip(_DIGITS + ":") or (point and (not fraction or fraction.strip(_DIGITS))):
+        return None
+    hour, minute, second = map(int, parts)
+    return hour, minute, second, int(fraction[:6].ljust(6, "0"))
+
+
+def _toml_moment(token: str) -> datetime.date | datetime.time | None:
+    """The date, time or both that `token` writes, None if it has another shape.  Raises ValueError for the 30th of February."""
+    import datetime  # few configurations have one
+    if token[2:3] == ":":
+        clock = _toml_time(token)
+        return None if clock is None else datetime.time(*clock)
+    date, rest = token[:10], token[10:]
+    if [len(part) for part in date.split("-")] != [4, 2, 2] or date.strip(_DIGITS + "-"):
+        return None
+    year, month, day = (int(part) for part in date.split("-"))
+    if not rest:
+        return datetime.date(year, month, day)
+    zone: datetime.tzinfo | None = None
+    if rest[-1] in "Zz":
+        rest, zone = rest[:-1], datetime.UTC
+    elif rest[-6:-5] in ("+", "-"):
+        offset = _toml_time(rest[-5:] + ":00")
+        if offset is None or offset[0] > 23 or offset[1] > 59:
+            return None
+        zone = datetime.timezone(datetime.timedelta(hours=offset[0], minutes=offset[1]) * (1 if rest[-6] == "+" else -1))
+        rest = rest[:-6]
+    clock = _toml_time(rest[1:]) if rest[:1] in ("T", "t", " ") else None
+    return None if clock is None else datetime.datetime(year, month, day, *clock, zone)
+
+
+class _TomlText:
+    """The text of a document and a place in it: what a reader does without knowing what it reads, and strings."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text.replace("\r\n", "\n")
+        self.at = 0
+
+    def _error(self, text: str) -> ConfigError:
+        if self.at >= len(self.text):
+            return ConfigError(f"{text} (at end of document)")
+        line, column = self.text.count("\n", 0, self.at) + 1, self.at - self.text.rfind("\n", 0, self.at)
+        return ConfigError(f"{text} (at line {line}, column {column})")
+
+    def _span(self, chars: str) -> str:
+        """Step over a run of `chars` and return it."""
+        begin = self.at
+        while piece := self.text[self.at:self.at + 64]:
+            left = len(piece.lstrip(chars))
+            self.at += len(piece) - left
+            if left:
+                break
+        return self.text[begin:self.at]
+
+    def _take(self, word: str) -> bool:
+        """Step over `word` if it comes next."""
+        found = self.text.startswith(word, self.at)
+        if found:
+            self.at += len(word)
+        return found
+
+    def _plain(self, end: int, lines: bool = False) -> str:
+        """Step to `end` and return what is passed: no control characters but tabs, and newlines if `lines`."""
+        piece = self.text[self.at:end]
+        if not piece.isprintable():
+            for index, char in enumerate(piece):
+                if (char < " " and char != "\t" and not (lines and char == "\n")) or char == "\x7f":
+                    self.at += index
+                    raise self._error(f"Illegal character {char!r}")
+        self.at = end
+        return piece
+
+    def _comment(self) -> None:
+        if self.text.startswith("#", self.at):
+            end = self.text.find("\n", self.at)
+            self._plain(end if end >= 0 else len(self.text))
+
+    def _blank(self) -> None:
+        """Step over everything that may stand between the values of an array."""
+        while self._span(_TOML_WS + "\n") or self.text.startswith("#", self.at):
+            self._comment()
+
+    # -- strings; the first quotes are passed
+
+    def _literal(self, many: bool) -> str:
+        quotes = "'''" if many else "'"
+        if many:
+            self._take("\n")
+        end = self.text.find(quotes, self.at)
+        if end < 0:
+            self.at = len(self.text)
+            raise self._error(f"Expected {quotes!r}")
+        found = self._plain(end, many)
+        self.at += len(quotes)
+        return found + self._more("'") if many else found
+
+    def _basic(self, many: bool) -> str:
+        if many:
+            self._take("\n")
+        parts: list[str] = []
+        quote = -1
+        while True:
+            if quote < self.at:
+                quote = self.text.find('"', self.at)
+                if quote < 0:
+                    self.at = len(self.text)
+                    raise self._error("Unterminated string")
+            back = self.text.find("\\", self.at, quote)
+            parts.append(self._plain(quote if back < 0 else back, many))
+            self.at += 1
+            if back >= 0:
+                parts.append(self._escape(many))
+            elif not many:
+                return "".join(parts)
+            elif self._take('""'):
+                return "".join(parts) + self._more('"')
+            else:
+                parts.append('"')
+
+    def _more(self, quote: str) -> str:
+        """Up to two quotes more: they belong to the text when three have ended it."""
+        return quote * (self._take(quote) + self._take(quote))
+
+    def _escape(self, many: bool) -> str:
+        """What stands behind a backslash."""
+        char = self.text[self.at:self.at + 1]
+        if many and char in (" ", "\t", "\n"):
+            self._span(_TOML_WS)
+            if self.at < len(self.text) and not self._take("\n"):
+                raise self._error("Unescaped '\\' in a string")
+            self._span(_TOML_WS + "\n")
+            return ""
+        self.at += 1
+        if char in _TOML_ESCAPES:
+            return _TOML_ESCAPES[char]
+        size = {"u": 4, "U": 8}.get(char, 0)
+        digits = self.text[self.at:self.at + size]
+        if not size or len(digits) < size or digits.strip(_TOML_BASES["0x"][1][:-1]):
+            raise self._error("Unescaped '\\' in a string" if not size else "Invalid hex value")
+        code = int(digits, 16)
+        if code > 0x10FFFF or 0xD800 <= code < 0xE000:
+            raise self._error("Escaped character is not a Unicode scalar value")
+        self.at += size
+        return chr(code)
+
+
+class _Toml(_TomlText):
+    """One document.  Tables are told apart by identity: an inline one is closed, one that has a header has it once."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.root: dict[str, Any] = {}
+        self._table = self.root                # where pairs go
+        self._named: set[int] = set()          # tables that have had their header, or were made by dotted keys of another
+        self._dotted: set[int] = set()         # made by dotted keys since the last header
+        self._closed: set[int] = set()         # inline tables and arrays
+
+    def read(self) -> dict[str, Any]:
+        """Return the tables.  Raises ConfigError."""
+        while self.at < len(self.text):
+            self._span(_TOML_WS)
+            if self.text.startswith("[", self.at):
+                self._header()
+            elif self.text[self.at:self.at + 1] not in ("\n", "#", ""):
+                self._pair(self._table, False)
+            self._span(_TOML_WS)
+            self._comment()
+            if self.at < len(self.text) and not self._take("\n"):
+                raise self._error("Expected newline or end of document after a statement")
+        return self.root
+
+    # -- keys and tables
+
+    def _key(self) -> list[str]:
+        parts = []
+        while True:
+            self._span(_TOML_WS)
+            if self._take('"'):
+                part = self._basic(False)
+            elif self._take("'"):
+                part = self._literal(False)
+            elif not (part := self._span(_TOML_BARE)):
+                raise self._error("Invalid initial character for a key part")
+            parts.append(part)
+            self._span(_TOML_WS)
+            if not self._take("."):
+                return parts
+
+    def _inner(self, table: dict[str, Any], name: str, key: Sequence[str]) -> dict[str, Any]:
+        """The table of that name, made if it is missing; of a list of tables the last one.  `key`: for the message."""
+        if name not in table:
+            table[name] = {}
+        inner = table[name]
+        if id(inner) in self._closed:
+            raise self._error(f"Cannot mutate immutable namespace {tuple(key)}")
+        if isinstance(inner, list):
+            inner = inner[-1]
+        if not isinstance(inner, dict):
+            raise self._error("Cannot overwrite a value")
+        return inner
+
+    def _header(self) -> None:
+        many = self._take("[[")
+        self.at += not many
+        key = self._key()
+        self._named |= self._dotted
+        self._dotted.clear()
+        table = self.root
+        for name in key[:-1]:
+            table = self._inner(table, name, key)
+        name = key[-1]
+        if many:
+            tables = table.setdefault(name, [])
+            if not isinstance(tables, list) or id(tables) in self._closed:
+                raise self._error("Cannot overwrite a value" if id(tables) not in self._closed else
+                                  f"Cannot mutate immutable namespace {tuple(key)}")
+            tables.append({})
+        elif isinstance(table.get(name), list) or id(table.get(name)) in self._named | self._closed:
+            raise self._error(f"Cannot declare {tuple(key)} twice")
+        self._table = self._inner(table, name, key)
+        self._named.add(id(self._table))
+        if not self._take("]]" if many else "]"):
+            raise self._error(f"Expected {']]' if many else ']'!r} at the end of a table declaration")
+
+    def _pair(self, table: dict[str, Any], inline: bool) -> None:
+        key = self._key()
+        if not self._take("="):
+            raise self._error("Expected '=' after a key in a key/value pair")
+        self._span(_TOML_WS)
+        value = self._value()
+        for name in key[:-1]:
+            if isinstance(table.get(name), list):
+                raise self._error("Cannot overwrite a value")
+            table = self._inner(table, name, key)
+            if id(table) in self._named:
+                raise self._error(f"Cannot redefine namespace {tuple(key)}")
+            if not inline:
+                self._dotted.add(id(table))
+        if key[-1] in table:
+            raise self._error("Cannot overwrite a value")
+        table[key[-1]] = value
+
+    # -- values
+
+    def _value(self) -> Any:
+        char = self.text[self.at:self.at + 1]
+        if char in ('"', "'"):
+            many = self._take(char * 3)
+            self.at += not many
+            return self._basic(many) if char == '"' else self._literal(many)
+        if char == "[":
+            return self._array()
+        if char == "{":
+            return self._inline()
+        begin = self.at
+        token = self._span(_TOML_SCALAR)
+        if token in _TOML_WORDS:
+            return _TOML_WORDS[token]
+        if len(token) == 10 and token[4] == "-" and self._clock_follows():
+            self.at += 1
+            token = f"{token} {self._span(_TOML_SCALAR)}"
+        dated = token[2:3] == ":" or (token[4:5] == "-" and token[:4].isdecimal())
+        try:
+            value = _toml_moment(token) if dated else _toml_number(token) if token else None
+        except ValueError:
+            value = None
+        if value is None:
+            self.at = begin
+            raise self._error("Invalid value")
+        return value
+
+    def _clock_follows(self) -> bool:
+        """Whether a blank and a time follow: they belong to the date."""
+        ahead = self.text[self.at:self.at + 4]
+        return ahead[:1] == " " and ahead[1:3].isdecimal() and ahead[3:] == ":"
+
+    def _array(self) -> list[Any]:
+        self.at += 1
+        found: list[Any] = []
+        self._closed.add(id(found))
+        self._blank()
+        while not self._take("]"):
+            found.append(self._value())
+            self._blank()
+            if not self._take(",") and not self.text.startswith("]", self.at):
+                raise self._error("Unclosed array")
+            self._blank()
+        return found
+
+    def _inline(self) -> dict[str, Any]:
+        self.at += 1
+        found: dict[str, Any] = {}
+        self._span(_TOML_WS)
+        if not self._take("}"):
+            while True:
+                self._pair(found, True)
+                self._span(_TOML_WS)
+                if self._take("}"):
+                    break
+                if not self._take(","):
+                    raise self._error("Unclosed inline table")
+        self._closed.add(id(found))
+        return found
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Return the tables of a TOML document, in its order.  Raises ConfigError, RecursionError."""
+    return _Toml(text).read()
+
+
 # -- from text to tables (config.md 1.1)
 
 _TOKEN: Final = re.compile(r'#.*|"""|\'\'\'|"(?:[^"\\]|\\.)*"?|\'[^\']*\'?')
@@ -1359,9 +1707,7 @@ def expand_includes(text: str, path: str, read: Callable[[str, str], tuple[str, 
 def parse_document(text: str) -> dict[str, Any]:
     """Return the TOML tables of `text`, in file order; [server.admin_api] becomes [server.api].  Raises ConfigError."""
     try:
-        document = tomllib.loads(text.removeprefix("\ufeff"))
-    except ValueError as error:                           # TOMLDecodeError, and int() of thousands of digits
-        raise ConfigError(str(error)) from None
+        document = parse_toml(text.removeprefix("\ufeff"))
     except RecursionError:
         raise ConfigError("arrays or tables are nested too deeply") from None
     _refuse_big_integers(document)
@@ -4939,7 +5285,7 @@ class Observations:
         """Monotonic time of the last try that is the furthest back; infinity when there is none."""
         for _, seen_at in self._seen.values():
             return seen_at
-        return math.inf
+        return INF
 
     def rows(self) -> list[tuple[str, str, int]]:
         """(class, IP, tries) of everybody, for format_observations."""
@@ -4981,7 +5327,7 @@ class User:
         self.secret = b""
         self.sign = KeyedHmac(b"")
         self.enabled = True
-        self.expires_wall = math.inf           # unix seconds
+        self.expires_wall = INF           # unix seconds
         self.max_ips = UNLIMITED
         self.max_sessions = UNLIMITED
         self.quota = UNLIMITED                 # bytes
@@ -5064,7 +5410,7 @@ class UserTable:
                 user.secret, user.sign = key, KeyedHmac(key)
             until = access.user_expirations.get(name)
             user.enabled = access.user_enabled.get(name, True)
-            user.expires_wall = math.inf if until is None else until.timestamp()
+            user.expires_wall = INF if until is None else until.timestamp()
             user.max_ips = access.user_max_unique_ips.get(name, UNLIMITED)
             user.max_sessions = access.user_max_tcp_conns.get(name, UNLIMITED)
             user.quota = access.user_data_quota.get(name, UNLIMITED)
@@ -5544,7 +5890,7 @@ class Due:
     __slots__ = ("now", "at")
 
     def __init__(self, now: float) -> None:
-        self.now, self.at = now, math.inf
+        self.now, self.at = now, INF
 
     def passed(self, at: float) -> bool:
         """Whether `at` is now or was before."""
@@ -5562,7 +5908,7 @@ class Pace:
 
     def __init__(self) -> None:
         self.wait_s = 0.0                      # 0: start at the base
-        self.next_at = self._marked_at = -math.inf
+        self.next_at = self._marked_at = -INF
 
     def failed(self, now: float, asked_at: float, base_s: float, cap_s: float, chance: float) -> None:
         """A dial of `asked_at` failed; one that began before the pause was set does not move it again."""
@@ -5579,7 +5925,7 @@ class Pace:
     def reset(self) -> None:
         """All is well: nothing to wait for."""
         self.wait_s = 0.0
-        self.next_at = self._marked_at = -math.inf
+        self.next_at = self._marked_at = -INF
 
 
 class Drain:
@@ -5602,7 +5948,7 @@ class Pulse:
         self.base_ms = 0.0
         self.degraded = False
         self.unanswered = 0                    # in a row
-        self.heard_at = -math.inf              # so until the first `beat`
+        self.heard_at = -INF              # so until the first `beat`
 
 
 class LinkFacts:
@@ -5629,7 +5975,7 @@ class LinkFacts:
 
     def threshold_at(self) -> float:
         """When it has idled for too long; spread over 6 s so that links of one age do not go together."""
-        return self.idle_at + IDLE_REFRESH_S + self.link_id % 6 if not self.sessions else math.inf
+        return self.idle_at + IDLE_REFRESH_S + self.link_id % 6 if not self.sessions else INF
 
 
 class Episode:
@@ -5640,7 +5986,7 @@ class Episode:
     def __init__(self, endpoint: Endpoint, left: int) -> None:
         self.endpoint, self.left = endpoint, left
         self.tries = 0
-        self.next_at = -math.inf
+        self.next_at = -INF
         self.link_id = 0                       # its dial under way, 0 = none that still counts
 
 
@@ -5659,10 +6005,10 @@ class Group:
         self.episode: Episode | None = None
         self.fails: dict[Endpoint, int] = {}   # dials that failed since the last one that did not
         self.met = False                       # its floor has been reached once
-        self.stagger_at = self.idle_next_at = -math.inf
+        self.stagger_at = self.idle_next_at = -INF
         self.shadow_at = shadow_at
-        self.due_at = -math.inf
-        self.dialled_at = -math.inf            # begin of the last dial for its floor
+        self.due_at = -INF
+        self.dialled_at = -INF            # begin of the last dial for its floor
 
     def count(self, phase: Phase) -> int:
         """Links of a phase on endpoints that are listed."""
@@ -5783,10 +6129,10 @@ class Quarantine:
         """Monotonic end of its quarantine; -infinity when it is free."""
         at = self._until.get(endpoint)
         if at is None:
-            return -math.inf
+            return -INF
         if at <= now:
             del self._until[endpoint]
-            return -math.inf
+            return -INF
         return at
 
     def rows(self, now: float) -> tuple[tuple[str, int], ...]:
@@ -5891,7 +6237,7 @@ class Roster:
         """
         burden: dict[Endpoint, float] = {}
         for endpoint in group.endpoints:
-            if self.quarantine.until_at(now, endpoint) == -math.inf:
+            if self.quarantine.until_at(now, endpoint) == -INF:
                 burden[endpoint] = group.fails.get(endpoint, 0) + self.draw()
         for link in group.links.values():
             if link.endpoint in burden and link.phase is not Phase.DRAINING and (not generation or link.generation == generation):
@@ -5900,7 +6246,7 @@ class Roster:
 
     def release_at(self, group: Group, now: float) -> float:
         """When the first endpoint of the group leaves quarantine."""
-        return min((self.quarantine.until_at(now, endpoint) for endpoint in group.endpoints), default=math.inf)
+        return min((self.quarantine.until_at(now, endpoint) for endpoint in group.endpoints), default=INF)
 
     def open(self, now: float, group: Group, endpoint: Endpoint, purpose: Purpose, generation: int = 0, replaces: int = 0) -> LinkFacts:
         """Dial; the caller has asked has_place()."""
@@ -5935,7 +6281,7 @@ class Roster:
     def drain(self, now: float, link: LinkFacts, fallback: bool = False) -> None:
         """No new sessions for this link; without any it is closed at once."""
         timeout_s = self.general.me_reinit_drain_timeout_secs
-        link.drain = Drain(now, now + timeout_s if timeout_s else math.inf, fallback)
+        link.drain = Drain(now, now + timeout_s if timeout_s else INF, fallback)
         link.phase = Phase.DRAINING
         self.counts.draining += 1
         self.touched.add(link.dc)
@@ -5964,12 +6310,12 @@ class Roster:
     def bindable_until(self, link: LinkFacts) -> float:
         """Until when new sessions may take this link: -infinity never, infinity for good (6.3)."""
         if link.live:
-            return math.inf
+            return INF
         drain, mode = link.drain, self.general.me_bind_stale_mode
         if drain is None or not drain.fallback or drain.portion or mode == "never":
-            return -math.inf
+            return -INF
         ttl_s = self.general.me_bind_stale_ttl_secs
-        return drain.started_at + ttl_s if mode == "ttl" and ttl_s else math.inf
+        return drain.started_at + ttl_s if mode == "ttl" and ttl_s else INF
 
 
 class Refill:
@@ -6045,7 +6391,7 @@ class Refill:
                 group.outage = False
                 roster.counts.count("single_endpoint_outage_exit_total")
                 roster.say(Level.INFO, f"DC {group.dc}: outage of its only Middle-End endpoint is over")
-                group.idle_next_at, group.shadow_at = -math.inf, due.now + general.me_single_endpoint_shadow_rotate_every_secs
+                group.idle_next_at, group.shadow_at = -INF, due.now + general.me_single_endpoint_shadow_rotate_every_secs
                 roster.floors.clear(due.now, group.dc)
             return False
         endpoint = group.endpoints[0]
@@ -6248,7 +6594,7 @@ class Warmup:
     def __init__(self) -> None:
         self.passes = 0                        # begun
         self.left = 0                          # dials of this pass still to start
-        self.next_at = -math.inf
+        self.next_at = -INF
         self.link_id = 0                       # its dial under way
         self.done = False
 
@@ -6262,11 +6608,11 @@ class Swap:
         self.roster = roster
         self.triggers: set[Trigger] = set()    # waiting for the coalesce window, or for the end of the warm-up
         self.warming: dict[int, Warmup] = {}
-        self.retry_at = math.inf
+        self.retry_at = INF
         self.soft_until_at: float | None = None        # without hardswap: waiting for links to what is listed now, so long
         self._period_s = roster.general.me_reinit_every_secs
         self.periodic_at = now + self._period_s
-        self._open_at = -math.inf
+        self._open_at = -INF
 
     def apply(self, now: float) -> None:
         """Take the roster's new settings."""
@@ -6295,7 +6641,7 @@ class Swap:
             due.passed(self.periodic_at)
             self.trigger(due.now, Trigger.PERIODIC)
         if due.passed(self.retry_at):
-            self.retry_at = math.inf
+            self.retry_at = INF
             self.trigger(due.now, Trigger.PERIODIC)
         if self.warming:
             self._warm_up(due)
@@ -6308,7 +6654,7 @@ class Swap:
         roster, generations = self.roster, self.roster.generations
         why = ", ".join(sorted(trigger.value for trigger in self.triggers))
         self.triggers.clear()
-        self.retry_at, self.soft_until_at = math.inf, None
+        self.retry_at, self.soft_until_at = INF, None
         desired = [group for group in roster.groups.values() if group.endpoints]
         if not desired or not roster.may_dial:
             roster.say(Level.WARN, f"Middle-End renewal ({why}) skipped: {'no proxy-secret' if desired else 'no endpoints'}")
@@ -6470,7 +6816,7 @@ class Availability:
 
     def look(self, group: Group, due: Due) -> None:
         """Note whether new sessions can use the group."""
-        until_at = max((self.roster.bindable_until(link) for link in group.links.values()), default=-math.inf)
+        until_at = max((self.roster.bindable_until(link) for link in group.links.values()), default=-INF)
         if not group.endpoints:
             self._down_since.pop(group.dc, None)
         elif due.passed(until_at):
@@ -6494,7 +6840,7 @@ class Availability:
         groups = [group.dc for group in roster.groups.values() if group.endpoints]
         down = self.down(due)
         if groups:
-            self._nothing_since = math.inf
+            self._nothing_since = INF
             limit = max(1, min(roster.general.degradation_min_unavailable_dc_groups, len(groups)))
             degraded = len(down) >= limit
         else:
@@ -6521,7 +6867,7 @@ class Availability:
         """Whether a session of group `dc` goes direct, now that it got no link."""
         if not self.roster.general.auto_degradation_enabled or not (waited or self.degraded_at is not None):
             return False
-        if self.degraded_at is None and now - self._warned_at.get(dc, -math.inf) >= 60:
+        if self.degraded_at is None and now - self._warned_at.get(dc, -INF) >= 60:
             self._warned_at[dc] = now
             self.roster.say(Level.WARN, f"DC {dc} has no Middle-End link: its new sessions go direct")
         return True
@@ -6595,8 +6941,8 @@ class Keepalive:
         pulse = link.pulse
         base_s, jitter_s = self.interval_s(link)
         again_s = base_s + self.roster.draw() * jitter_s
-        if heard or pulse.heard_at == -math.inf:
-            first, pulse.heard_at = pulse.heard_at == -math.inf, now
+        if heard or pulse.heard_at == -INF:
+            first, pulse.heard_at = pulse.heard_at == -INF, now
             if first:
                 return Beat(False, False, again_s + self.roster.draw() * jitter_s)
         silent_s = max(_SILENT_S, 3 * max(1.0, self.roster.general.me_keepalive_interval_secs))
@@ -6837,13 +7183,13 @@ class PoolPlanner:
                 for dc in touched:
                     if dc in roster.groups:
                         self._look(roster.groups[dc], now)
-            due.at = math.inf
+            due.at = INF
             self.swap.step(due)
             self.availability.step(due)
             if not roster.touched:
                 break
         actions, roster.actions = roster.actions, []
-        wake_at = min((group.due_at for group in roster.groups.values()), default=math.inf)
+        wake_at = min((group.due_at for group in roster.groups.values()), default=INF)
         return [*actions, WakeAt(min(wake_at, due.at))]
 
     def _look(self, group: Group, now: float) -> None:
@@ -6955,7 +7301,7 @@ class DriftMemory:
 READ: Final = 1            # EPOLLIN
 WRITE: Final = 4           # EPOLLOUT; everything else epoll reports (ERR, HUP) reads as "go and look"
 HANGUP: Final = 0x2000     # EPOLLRDHUP: only whether the peer left, bytes or not; `selectors` cannot tell and stays quiet
-_NEVER: Final = math.inf
+_NEVER: Final = INF
 _PATIENCE_MAX_S: Final = 86_400.0     # epoll counts milliseconds in 31 bits; waking once a day costs nothing
 _WORKERS: Final = 4        # helper threads for what blocks: name resolution, files, later https
 _WORKER_IDLE_S: Final = 30.0
@@ -7091,7 +7437,7 @@ class UvloopPoller:
         elif left_s > 0.0 and (at := time.monotonic() + left_s) < self._timer_at:        # one that is early only costs a turn
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer, self._timer_at = self._loop.call_later(math.ceil(left_s * 1000) / 1000, self._on_timer), at
+            self._timer, self._timer_at = self._loop.call_later(-(-left_s * 1000 // 1) / 1000, self._on_timer), at
 
     def _on_exception(self, _loop: object, context: dict[str, Any]) -> None:
         """What leaves a turn ends the loop, as it does elsewhere."""
@@ -7172,7 +7518,7 @@ class Lane(Generic[_Key]):
         """Earliest deadline, or infinity."""
         for at in self._due.values():
             return at
-        return math.inf
+        return INF
 
     def run(self, now: float) -> None:
         """Fire everything that is due."""
@@ -7193,7 +7539,7 @@ class Loop:
         self.now = clock()                     # monotonic seconds at the start of this turn
         self.turns = 0
         self.ready = 0                         # sockets that were ready in this turn
-        self.wake_at = math.inf                # no deadline is earlier than this; may be too early, never too late
+        self.wake_at = INF                # no deadline is earlier than this; may be too early, never too late
         self.handlers: dict[int, Handler] = {}
         self._lanes: list[Lane[Any]] = []
         self._timers: list[Timer] = []         # by deadline
@@ -7352,7 +7698,7 @@ class Loop:
             callback = self._timers.pop(0).callback
             if callback is not None:
                 self.call(callback)
-        first = self._timers[0].at if self._timers else math.inf
+        first = self._timers[0].at if self._timers else INF
         self.wake_at = min([first, *(lane.next_at() for lane in self._lanes)])
 
     def _run_idle_job(self) -> None:
@@ -9902,7 +10248,7 @@ class OwnAddresses:
 
     def of(self, interface: str) -> list[str]:
         """Addresses in the system's order; none for an unknown interface."""
-        until, found = self._known.get(interface, (-math.inf, []))
+        until, found = self._known.get(interface, (-INF, []))
         if self._loop.now >= until:
             found = interface_addresses(interface)
             self._known[interface] = self._loop.now + _INTERFACE_KEPT_S, found
@@ -10269,7 +10615,7 @@ class Health:
 
     def retire(self) -> None:
         """Check no more."""
-        self._period_s = math.inf
+        self._period_s = INF
 
     def worked(self, route: Route, dc: int, target: Target) -> None:
         """An address answered: the next check of its group begins behind it."""
@@ -10279,7 +10625,7 @@ class Health:
             self._start_at[route, dc, v6] = mates.index(target) + 1
 
     def _on_timer(self) -> None:
-        if self._period_s == math.inf:
+        if self._period_s == INF:
             return
         self._up.loop.call_later(self._period_s, self._on_timer)
         for route in self._up.routes:
@@ -10914,7 +11260,7 @@ class MeLink:
         self.heart = Heart()
         self.bound: dict[int, Bound] = {}      # by connection id
         self.holding = False                   # its clients are not read
-        self.ready_at = math.inf
+        self.ready_at = INF
         self.signal = Signal(self)
         self.told = Told()                     # ids that we closed lately: answers under way earn no other close
         self.cycle: Cycle | None = pool.dial(self.endpoint, self.dc, self._on_connected)
@@ -11618,7 +11964,7 @@ class Directory:
         self._epoch = 0
         self._retry_s = _SECRET_RETRY_S
         self._told_no_ssl = False
-        self._applied_at = -math.inf
+        self._applied_at = -INF
         self._timer: Timer | None = None
         self._cycle: dict[int, tuple[ProxyList, bytes] | None] | None = None     # answers of the cycle under way, with their texts
         self._period_s = self._wanted_period()
@@ -11919,6 +12265,7 @@ _MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep",
 
 def parse_http_date(text: str) -> float | None:
     """Unix seconds of `Tue, 15 Nov 1994 08:12:31 GMT`, None for anything else; `email` would cost a megabyte."""
+    import datetime
     words = text.replace(":", " ").split()
     try:
         _day, day, month, year, hour, minute, second, zone = words
@@ -12300,7 +12647,7 @@ class Observer:
         self.loop, self.general = loop, settings.general
         self.seen = Observations()
         self._timer: Timer | None = None
-        self._due_at = math.inf
+        self._due_at = INF
         self._writing = False
         self._failed = False                   # said once until a write succeeds again
 
@@ -12334,7 +12681,7 @@ class Observer:
 
     def retire(self) -> None:
         """Write no more: the file is another's."""
-        self._due_at = -math.inf
+        self._due_at = -INF
         if self._timer is not None:
             self._timer.cancel()
 
@@ -12350,7 +12697,7 @@ class Observer:
             self._timer = self.loop.call_later(delay_s, self._on_timer)
 
     def _on_timer(self) -> None:
-        self._timer, self._due_at = None, math.inf
+        self._timer, self._due_at = None, INF
         if not self.general.beobachten:
             return
         if self._writing:                      # a disk that takes longer than the period: the next turn is early enough
@@ -12654,7 +13001,7 @@ class Front:
         """Seconds since the profile was measured; infinite without one, or if it is another host's.  Time that ran back is no time."""
         profile = self.profile
         if profile.source == "default" or profile.host not in ("", self._fronts.host):
-            return math.inf
+            return INF
         return max(0.0, now_wall - profile.fetched_wall)
 
     def schedule(self, delay_s: float) -> None:
@@ -13247,7 +13594,7 @@ class DesyncLog:
     def _first(self, key: tuple[str, bytes, str], now: float) -> bool:
         """True if no window of `key` is open; opens one."""
         seen = self._seen
-        if seen.get(key, -math.inf) > now:
+        if seen.get(key, -INF) > now:
             return False
         seen.pop(key, None)
         seen[key] = now + _DESYNC_WINDOW_S
@@ -14748,7 +15095,7 @@ class Sweep:
 
     def _due_at(self, relay: DirectRelay | MiddleRelay) -> float:
         """Monotonic time at which the relay has to be looked at."""
-        return relay.last_at + IDLE_LIMIT_S if relay.user.expires_wall == math.inf else self.loop.now
+        return relay.last_at + IDLE_LIMIT_S if relay.user.expires_wall == INF else self.loop.now
 
     def _arm(self, due_at: float) -> None:
         at = max(due_at, self.loop.now + _SWEEP_S)
