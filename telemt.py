@@ -191,24 +191,39 @@ import mmap
 import re
 import resource
 import select
-import selectors
-import socket
 import stat
 import struct
 import time
-import zlib
 from collections.abc import Callable, Container, Generator, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeAlias, TypeVar, assert_never
 
+TYPE_CHECKING = False                          # for a type checker it is True; `typing` is 0.4 MB for words that only it reads
 if TYPE_CHECKING:
     import argparse
     import datetime
     import http.client
-    from typing import BinaryIO, NamedTuple, NoReturn, Protocol
+    import socket
+    from typing import Any, BinaryIO, ClassVar, Final, Generic, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, assert_never
 
     from _typeshed import WriteableBuffer
 else:
-    Protocol = object                          # what it is for happens before the program runs; 4 KB a class otherwise
+    import _socket as socket  # without the layer of Python, which makes enums of 300 constants
+
+    Protocol = object
+
+    class Generic:
+        """What `class Lane(Generic[_Key])` needs while the program runs."""
+
+        __slots__ = ()
+
+        def __class_getitem__(cls, _kind):
+            return cls
+
+    def TypeVar(_name, **_bounds):
+        """Nothing: only a type checker looks at it."""
+
+    def assert_never(value):
+        """For the branch that no value can reach."""
+        raise AssertionError(f"unexpected: {value!r}")
 
 _T = TypeVar("_T")
 
@@ -4563,7 +4578,7 @@ class FrameWriter:
 
     __slots__ = ("seq", "checksum")
 
-    def __init__(self, seq: int = -2, checksum: Checksum = zlib.crc32) -> None:
+    def __init__(self, seq: int = -2, checksum: Checksum = binascii.crc32) -> None:
         self.seq, self.checksum = seq, checksum
 
     def add(self, out: list[bytes], queue: collections.deque[Message], room: int) -> int:
@@ -4597,7 +4612,7 @@ class FrameReader:
 
     __slots__ = ("seq", "checksum", "failed", "needs", "steps")
 
-    def __init__(self, seq: int = 0, checksum: Checksum = zlib.crc32) -> None:
+    def __init__(self, seq: int = 0, checksum: Checksum = binascii.crc32) -> None:
         self.seq, self.checksum = seq, checksum
         self.failed: RpcError | None = None    # why no further frame is looked at
         self.needs = 0                         # bytes of the incomplete frame that spans() stopped at, 0 = not known yet
@@ -4759,7 +4774,7 @@ class LinkHandshake:
         self.nonce = origin.entropy(16)
         self.keyed = False                     # the server's nonce came: the second half has its own deadline
         self.done = False
-        self.checksum: Checksum = zlib.crc32   # of both directions once done
+        self.checksum: Checksum = binascii.crc32   # of both directions once done
         self.encryptor: AesCbc | None = None   # both go on from here, one chain for the life of the link
         self.decryptor: AesCbc | None = None
         self._raw = bytearray()                # as received: in clear, then ciphertext short of a block
@@ -4800,7 +4815,7 @@ class LinkHandshake:
             return None
         frame = bytes(buffer[:length])
         del buffer[:length]
-        computed, received = zlib.crc32(frame[:-4]), _LE32.unpack_from(frame, length - 4)[0]
+        computed, received = binascii.crc32(frame[:-4]), _LE32.unpack_from(frame, length - 4)[0]
         if computed != received:
             raise self._fail(f"{names[1]}: 0x{received:08x} vs 0x{computed:08x}")
         if (got := _FRAME_HEAD.unpack_from(frame)[1]) != seq:
@@ -5530,7 +5545,7 @@ class ReplayWindow:
 
     def _clear(self) -> None:
         self._count = 0                        # rows in use, without row 0
-        self._last_at = -math.inf              # monotonic time of the last insertion
+        self._last_at = -INF              # monotonic time of the last insertion
         nothing = memoryview(b"")
         self._hashes = nothing.cast("q")
         self._born = nothing.cast("d")         # monotonic time of insertion
@@ -7340,15 +7355,16 @@ class SelectorsPoller:
     name = "selectors"
 
     def __init__(self) -> None:
+        import selectors
         self._selector = selectors.DefaultSelector()
+        self._read, self._write = selectors.EVENT_READ, selectors.EVENT_WRITE
 
     def fileno(self) -> int:
         """What is readable when something is ready."""
         return self._selector.fileno()
 
-    @staticmethod
-    def _events(mask: int) -> int:
-        return (selectors.EVENT_READ if mask & READ else 0) | (selectors.EVENT_WRITE if mask & WRITE else 0)
+    def _events(self, mask: int) -> int:
+        return (self._read if mask & READ else 0) | (self._write if mask & WRITE else 0)
 
     def register(self, fd: int, mask: int) -> None:
         """Watch `fd`."""
@@ -7368,7 +7384,7 @@ class SelectorsPoller:
     def poll(self, timeout_s: float) -> list[tuple[int, int]]:
         """Ready fds with their masks; waits for ever when timeout_s is negative."""
         ready = self._selector.select(None if timeout_s < 0 else timeout_s)
-        return [(key.fd, (READ if events & selectors.EVENT_READ else 0) | (WRITE if events & selectors.EVENT_WRITE else 0))
+        return [(key.fd, (READ if events & self._read else 0) | (WRITE if events & self._write else 0))
                 for key, events in ready]
 
 
@@ -7749,13 +7765,13 @@ class WorkerPool:
     """At most four daemon threads for calls that block; idle ones end after half a minute."""
 
     def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
-        import queue  # with threading a third of a megabyte: only where something blocks
-        import threading
+        import _queue  # their wrappers are a third of a megabyte
+        import _thread
         self._post = post
-        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._empty = queue.Empty
-        self._start = threading.Thread
-        self._lock = threading.Lock()
+        self._tasks: _queue.SimpleQueue[Callable[[], None]] = _queue.SimpleQueue()
+        self._empty = _queue.Empty
+        self._start = _thread.start_new_thread
+        self._lock = _thread.allocate_lock()
         self._threads = 0
         self._free = 0
 
@@ -7772,7 +7788,7 @@ class WorkerPool:
         with self._lock:
             if self._free == 0 and self._threads < _WORKERS:
                 self._threads += 1
-                self._start(target=self._run, name="telemt-worker", daemon=True).start()
+                self._start(self._run, ())
 
     def _run(self) -> None:
         while True:
@@ -8903,7 +8919,7 @@ class SpareDescriptor:
             self._fd = -1
         with contextlib.suppress(OSError):
             for _ in range(_ACCEPT_BATCH):
-                sock.accept()[0].close()
+                os.close(sock._accept()[0])    # type: ignore[attr-defined]
         with contextlib.suppress(OSError):
             self._fd = os.dup(self._like)
 
@@ -8955,13 +8971,14 @@ class Listener:
             if not self._active:
                 return
             try:
-                sock, peer = self.sock.accept()
+                fd, peer = self.sock._accept()  # type: ignore[attr-defined]
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:
                 self._on_error(error)
                 return
             self._starved = False
+            sock = socket.socket(self.sock.family, self.sock.type, self.sock.proto, fd)
             sock.setblocking(False)
             self._on_accept(sock, peer)
 
@@ -9121,7 +9138,7 @@ def connect_unix(loop: Loop, path: str) -> Stream:
 def is_local_ip(ip: str) -> bool:
     """True for an address of this host."""
     try:
-        with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        with contextlib.closing(socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM)) as sock:
             sock.bind((ip, 0))
     except OSError:
         return False
@@ -9132,7 +9149,7 @@ def local_address_towards(ip: str) -> str | None:
     """IP that the system would send from towards `ip`, or None without a route.  Sends nothing (upstream-and-relay.md 3.1)."""
     family = socket.AF_INET6 if ":" in ip else socket.AF_INET
     try:
-        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        with contextlib.closing(socket.socket(family, socket.SOCK_DGRAM)) as sock:
             sock.connect((ip, 80))
             return plain_ip(str(sock.getsockname()[0]))
     except OSError:
@@ -9207,7 +9224,7 @@ def interface_addresses(name: str) -> list[str]:
 
 def _netlink_addresses(index: int) -> list[str]:
     found: list[str] = []
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as sock:
+    with contextlib.closing(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)) as sock:
         sock.settimeout(1.0)                   # the kernel answers at once or never
         sock.send(_NLMSG.pack(_NLMSG.size + _IFADDR.size, _RTM_GETADDR, _NLM_F_REQUEST_DUMP, 1, 0) + bytes(_IFADDR.size))
         while True:
@@ -9238,7 +9255,7 @@ def _one_address(message: bytes, index: int) -> list[str]:
 
 def _plain_addresses(name: str) -> list[str]:
     found = []
-    with contextlib.suppress(OSError, ValueError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    with contextlib.suppress(OSError, ValueError), contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
         try:
             found += _ioctl_addresses(sock, name)
         except (ImportError, MemoryError):     # MemoryError: ctypes under a seccomp filter
@@ -9312,12 +9329,12 @@ def http_over(sock: socket.socket, url: Url, limit: int, deadline_at: float, age
     (no ssl module).
     """
     most = _ANSWER_HEAD_MAX + 4 * limit + 65_536               # chunks have lines of their own
-    with sock:
+    with contextlib.closing(sock):
         sock.settimeout(_left(deadline_at))
         if url.secure:
             import ssl  # megabytes, and not on every router
             sock = ssl.create_default_context().wrap_socket(sock, server_hostname=url.host.encode("ascii"))
-        with sock:
+        with contextlib.closing(sock):
             host = format_address(url.host, url.port) if url.port not in (80, 443) else f"[{url.host}]" if ":" in url.host else url.host
             sock.sendall(f"GET {url.path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: {agent}\r\nAccept: */*\r\n"
                          "Connection: close\r\n\r\n".encode("ascii"))
@@ -14808,8 +14825,8 @@ class QuotaState:
         self._warned = False
         self._taken = self._written = 0                    # numbers of snapshots: an older one never replaces a newer
         if path:
-            import threading
-            self._lock = threading.Lock()
+            import _thread
+            self._lock = _thread.allocate_lock()
 
     def load(self) -> None:
         """Give the users what they had used; before the first of them comes in."""
@@ -15604,7 +15621,7 @@ def tell_manager(text: str, timed: bool = False) -> None:
         return
     if timed:
         text += f"\nMONOTONIC_USEC={time.monotonic_ns() // 1000}"
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+    with contextlib.suppress(OSError), contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock:
         sock.setblocking(False)
         sock.sendto(text.encode(), f"\0{path[1:]}" if path[0] == "@" else path)
 
@@ -16976,7 +16993,8 @@ def probe_mask_clock(settings: Settings) -> Sequence[Finding]:
         ip = _look_up(host, port, settings.network.dns_overrides)[0]
         if port == settings.server.port and is_local_ip(ip):
             return []                          # it is ourselves
-        with connect_blocking(ip, port, _PROBE_LIMIT_S) as sock, context.wrap_socket(sock, server_hostname=cert.tls_domain) as tls:
+        sock = connect_blocking(ip, port, _PROBE_LIMIT_S)
+        with contextlib.closing(sock), context.wrap_socket(sock, server_hostname=cert.tls_domain) as tls:
             connection = http.client.HTTPConnection(cert.tls_domain, port)
             connection.sock = tls
             return compare_clocks(host, _date_of(connection), time.time())
@@ -17069,7 +17087,7 @@ def _certificate_trouble(domain: str, ip: str, port: int) -> str:
     """What is wrong with the TLS that a server offers for `domain`; empty if nothing is.  Blocks; raises OSError without a connection."""
     import ssl
     context = ssl.create_default_context()
-    with connect_blocking(ip, port, _PROBE_LIMIT_S) as sock:
+    with contextlib.closing(connect_blocking(ip, port, _PROBE_LIMIT_S)) as sock:
         try:
             with context.wrap_socket(sock, server_hostname=domain) as tls:
                 return "" if tls.version() == "TLSv1.3" else f"speaks {tls.version()} only"

@@ -284,7 +284,7 @@ def test_servers_that_cannot_be_asked(loop, stun, tmp_path, logged, monkeypatch)
 
     def getaddrinfo(*_, **__):
         raise socket.gaierror(-2, "Name or service not known")
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(telemt.socket, "getaddrinfo", getaddrinfo)
     view = view_of(loop, tmp_path, [f"127.0.0.1:{closed}", "nonsense", "no.such.example:3478", "[2001:db8::1]:3478"])
     settle(loop, view)
     assert view.reflected(4) is None

@@ -1,4 +1,5 @@
 """Room 24: what is handed from program to program, and what the one that drains leaves alone.  The whole: journeys/test_exchange.py."""
+import contextlib
 import os
 import signal
 import socket
@@ -39,12 +40,12 @@ def test_a_socket_is_found_by_its_kind_and_address():
     found = inherit(clients=[one, two], control=[api])
     assert found.take("clients", "127.0.0.1", ports[2]) is None          # of another kind
     assert found.take("clients", "127.0.0.2", ports[0]) is None
-    with found.take("clients", "127.0.0.1", ports[1]) as sock:
-        assert sock.getsockname()[1] == ports[1] and not sock.get_inheritable() and not sock.getblocking()
-    with found.take("clients", "127.0.0.1", 0) as sock:                  # whatever the system chose
+    with contextlib.closing(found.take("clients", "127.0.0.1", ports[1])) as sock:
+        assert sock.getsockname()[1] == ports[1] and not os.get_inheritable(sock.fileno()) and not sock.getblocking()
+    with contextlib.closing(found.take("clients", "127.0.0.1", 0)) as sock:                  # whatever the system chose
         assert sock.getsockname()[1] == ports[0]
     assert found.take("clients", "127.0.0.1", 0) is None
-    with found.take("control", "127.0.0.1", ports[2]) as sock:
+    with contextlib.closing(found.take("control", "127.0.0.1", ports[2])) as sock:
         assert sock.getblocking()
 
 

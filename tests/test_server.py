@@ -1,4 +1,5 @@
 """Room 22: places, the sweep, listeners, bind failures, stopping."""
+import contextlib
 import datetime
 import math
 import os
@@ -221,7 +222,7 @@ def test_the_unix_socket_of_a_successor_is_left_alone(make_server, tmp_path):
     server = make_server(f'{LOCAL.replace("[server]", f"[server]{chr(10)}listen_unix_sock = {chr(34)}{path}{chr(34)}")}')
     server.open_unix()
     os.rename(path, path + ".old")             # keeps its inode in use
-    with telemt.bind_unix(path):
+    with contextlib.closing(telemt.bind_unix(path)):
         server.stop()
         assert os.path.exists(path)
 

@@ -433,7 +433,7 @@ def test_listener_pauses_on_emfile_and_comes_back(loop, monkeypatch):
     listener.resume()
 
     class Broken:
-        def accept(self):
+        def _accept(self):
             raise OSError(errno.EMFILE, "Too many open files")
 
     real, listener.sock = listener.sock, Broken()
@@ -568,11 +568,11 @@ def test_a_bound_socket_gets_its_port_at_connect():
 
 def test_a_unix_socket_is_bound_where_nothing_or_a_dead_one_lies(tmp_path):
     path = str(tmp_path / "sock")
-    with bind_unix(path) as first:
+    with contextlib.closing(bind_unix(path)) as first:
         first.listen(1)
         with pytest.raises(OSError, match="in use"):
             bind_unix(path)                    # alive
-    with bind_unix(path) as second:            # dead: replaced
+    with contextlib.closing(bind_unix(path)) as second:            # dead: replaced
         second.listen(1)
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(path)
@@ -587,7 +587,7 @@ def test_a_unix_socket_is_bound_where_nothing_or_a_dead_one_lies(tmp_path):
 
 def test_a_unix_socket_with_a_full_backlog_is_alive(tmp_path):
     path = str(tmp_path / "sock")
-    with bind_unix(path) as server, socket.socket(socket.AF_UNIX) as one:
+    with contextlib.closing(bind_unix(path)) as server, socket.socket(socket.AF_UNIX) as one:
         server.listen(0)
         one.connect(path)
         with pytest.raises(OSError, match="in use"):
@@ -605,10 +605,10 @@ def test_callers_are_turned_away_when_descriptors_stay_short(loop):
     class Short:
         """No descriptor for the listener itself; the spare one makes accept possible."""
 
-        def accept(self):
+        def _accept(self):
             if spare._fd >= 0:
                 raise fail[0]
-            return real.accept()
+            return real._accept()
 
     listener.sock = Short()
     client = socket.create_connection(listener.address)

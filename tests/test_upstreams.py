@@ -952,7 +952,7 @@ def test_a_server_by_name(real_loop, monkeypatch):
     def getaddrinfo(host, port, **_):
         asked.append(host)
         return [(0, 0, 0, "", (ip, port)) for ip in ("127.0.0.77", "127.0.0.1")]
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(telemt.socket, "getaddrinfo", getaddrinfo)
     found = []
     dial_through(real_loop, f'type = "socks5"\naddress = "proxy.example:{server.port}"', found.append)
     wait_for(real_loop, lambda: found)
@@ -976,7 +976,7 @@ def test_a_name_that_does_not_resolve(real_loop, monkeypatch, answer, text, hard
         if isinstance(answer, Exception):
             raise answer
         return answer
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(telemt.socket, "getaddrinfo", getaddrinfo)
     found = []
     dial_through(real_loop, 'type = "socks5"\naddress = "proxy.example:1"', found.append)
     wait_for(real_loop, lambda: found)

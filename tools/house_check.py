@@ -75,7 +75,8 @@ class Policy:
 
 POLICIES: dict[str, Policy] = {
     "telemt.py": Policy(
-        lazy=HEAVY | {"argparse", "datetime", "json", "marshal", "queue", "subprocess", "telemt_api", "threading",
+        lazy=HEAVY | {"argparse", "datetime", "json", "marshal", "queue", "selectors", "subprocess", "telemt_api", "threading",
+                      "_queue", "_thread",
                       "traceback"},              # a quiet proxy needs none
         big_classes={"Server": "owner of everything that outlives a connection: a line each, and nothing else in it"},
         catch_all={
