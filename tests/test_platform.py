@@ -13,7 +13,8 @@ from doubles import MIB, PROGRAM, ROOT, Rig, clean_env
 
 ALLOWED = set("""
     tomllib json re struct hashlib hmac secrets random select selectors socket signal resource ipaddress base64 binascii zlib
-    threading _thread subprocess argparse fcntl mmap heapq collections datetime traceback syslog tempfile shutil socketserver dataclasses
+    threading _thread _queue _socket subprocess argparse fcntl mmap heapq collections datetime traceback syslog tempfile shutil
+    socketserver dataclasses
     sys os time io math errno stat bisect itertools functools enum typing queue
     __future__ abc contextlib copy gc importlib marshal operator string textwrap types weakref""".split())    # these: in any interpreter
 NEVER_AT_IMPORT = set("""
