@@ -17514,10 +17514,10 @@ def import_apart(name: str) -> Any:
     That memory is 7 MB for telemt_api.py, at every start where Python may not write its cache, as a service in /usr/local/bin
     may not.  Where anything is unusual, or fails, it is imported as any other.
     """
-    threads = sys.modules.get("threading")
+    import _thread
     finder: Any = sys.modules["_frozen_importlib_external"].PathFinder
     spec = finder.find_spec(name) if name not in sys.modules else None
-    if spec is None or not hasattr(os, "fork") or (threads is not None and threads.active_count() > 1):
+    if spec is None or not hasattr(os, "fork") or _thread._count():        # others than this one
         return importlib.import_module(name)
     code = code_from_child(functools.partial(getattr(spec.loader, "get_code", lambda _: None), name))
     if code is None:
