@@ -3660,6 +3660,7 @@ PAGE_FIELDS: Final = (
 API_PLACES: Final = 64
 METRICS_PLACES: Final = 32
 _ASK_S: Final = 0.5                      # what the data plane gets for a snapshot
+_READY_S: Final = 3.0                    # and before it counts as unfit for clients: who asks has a limit of its own
 _STOP_S: Final = 1.0                     # what a change that is being written gets when we stop
 _SLICE: Final = 200                      # users between two pauses; these take less than _SWITCH_S
 _SWITCH_S: Final = 0.0005                # how long a thread here may keep the interpreter from the loop
@@ -3864,10 +3865,10 @@ class Desk:
 
     # -- the data plane
 
-    def _ask(self, build: Callable[[], _T]) -> _T | None:
+    def _ask(self, build: Callable[[], _T], limit_s: float = _ASK_S) -> _T | None:
         """What the loop makes of `build`; None when it does not answer in time."""
         try:
-            return self.port.ask(build, _ASK_S)
+            return self.port.ask(build, limit_s)
         except TimeoutError:
             return None
 
@@ -3880,9 +3881,9 @@ class Desk:
     def _minimal_now(self) -> Minimal:
         return self._minimal.get()[0]
 
-    def _upstream_rows(self) -> list[JsonObject] | None:
+    def _upstream_rows(self, limit_s: float = _ASK_S) -> list[JsonObject] | None:
         rows = self.port.sources.upstreams
-        return self._ask(rows) if rows else None
+        return self._ask(rows, limit_s) if rows else None
 
     def _uptime_s(self) -> float:
         return time.monotonic() - self.port.started_at
@@ -4034,8 +4035,8 @@ class Desk:
                                     self.port.counters.me.totals["fallback_sessions_total"]))
 
     def is_ready(self) -> tuple[bool, str]:
-        """Fit for clients, and health/ready."""
-        rows = self._upstream_rows() or []
+        """Fit for clients, and health/ready.  A moment of much work must not take us out of a balancer's rotation."""
+        rows = self._upstream_rows(_READY_S) or []
         found = view_ready(self.port.sources.accepting, sum(row["healthy"] for row in rows), len(rows))
         return found["ready"], dump_json(found)
 

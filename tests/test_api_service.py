@@ -37,6 +37,7 @@ class FakePort:
         self.table.apply(self.settings.access)
         self.answers = True
         self.asked = 0
+        self.busy_s = 0.0                        # until it comes to what it is asked
 
     @property
     def users(self) -> dict[str, telemt.User]:
@@ -44,7 +45,7 @@ class FakePort:
 
     def ask(self, build: Callable[[], Any], timeout_s: float) -> Any:
         self.asked += 1
-        if not self.answers:
+        if not self.answers or self.busy_s > timeout_s:
             raise TimeoutError
         return build()
 
@@ -448,6 +449,17 @@ def test_ready_is_503_with_a_success_envelope(desk: Desk, accepting: bool, healt
     desk.port.sources.accepting, desk.port.sources.upstreams = accepting, lambda: rows        # type: ignore[assignment, return-value]
     found, body = desk.ask("GET /v1/health/ready")
     assert (found, body["ok"], body["data"]["ready"]) == (status, True, status == 200)
+
+
+def test_a_busy_moment_is_not_unready_and_a_long_one_is(make: Callable[[str], Desk]) -> None:
+    """Half a second without an answer was `no_healthy_upstreams` once: a balancer would have sent the clients elsewhere."""
+    desk, rows = make("[server.api]\nminimal_runtime_enabled = true\n"), [{"healthy": True, "route_kind": "direct"}]
+    desk.port.sources.accepting, desk.port.sources.upstreams = True, lambda: rows        # type: ignore[assignment, return-value]
+    desk.port.busy_s = 2.0
+    assert desk.ask("GET /v1/health/ready")[0] == 200
+    assert desk.data("/v1/runtime/upstream_quality")["reason"] == "source_unavailable"           # a table is not waited for
+    desk.port.busy_s = 4.0
+    assert desk.ask("GET /v1/health/ready")[0] == 503
 
 
 # -- mutations and events ----------------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ fields, 1,000 requests per connection.
 ## Gated reads
 
 With their key off they answer 200 with `"reason":"feature_disabled"`; without a middle-end pool, or when the data plane does not answer
-within half a second, with `"reason":"source_unavailable"`.
+within half a second, with `"reason":"source_unavailable"`. `/v1/health/ready` gives it three seconds before it says 503.
 """
 
 METRICS = """\

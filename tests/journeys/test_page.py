@@ -41,9 +41,18 @@ class Seat:
                     "runtime_edge_enabled": True} | (api or {})
         self.config = {"server": {"api": self.api}, "general": {"links": {"public_host": "proxy.example"}}} | (config or {})
         self.proxy: Proxy = rig.proxy(self.config)
+        poll(self._is_ready, "it lets clients in", 10)                  # it listens a moment before: that is a 503 on the page
         self.trouble: list[str] = []
         self.allowed: list[str] = []            # words of complaints that belong to the test
         self.context: Any = None
+
+    def _is_ready(self) -> bool:
+        try:
+            self.call("/health/ready", **({"Authorization": self.api["auth_header"]} if "auth_header" in self.api else {}))
+        except urllib.error.HTTPError as error:
+            assert error.code == 503, error.read()
+            return False
+        return True
 
     def open(self, host: str = "127.0.0.1", path: str = "/", **options: Any) -> Any:
         if self.context is None:
