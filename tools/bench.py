@@ -409,18 +409,24 @@ def slow_clients(proxy: Proxy, count: int, seconds: float) -> dict[str, float]:
         sock.sendall(record(peers.preamble(SECRET, peers.SOURCE)))
         socks.append(sock)
     time.sleep(2.0)
+
+    def read_slowly() -> tuple[float, int]:
+        """Seconds times clients, and bytes they read in them."""
+        begin = due = time.perf_counter()
+        got = 0
+        while due < begin + seconds:
+            for sock in socks:
+                want = 12_500
+                while want and (size := len(sock.recv(want))):
+                    want -= size
+                    got += size
+            due += 0.1
+            time.sleep(max(0.0, due - time.perf_counter()))
+        return count * (time.perf_counter() - begin), got
+
+    read_slowly()                              # what each read leaves for later has its lasting size then
     rss, cpu, wakes = proxy.status("VmRSS"), proxy.cpu_s(), proxy.status("voluntary_ctxt_switches")
-    begin = time.perf_counter()
-    got, due = 0, begin
-    while due < begin + seconds:
-        for sock in socks:
-            want = 12_500
-            while want and (size := len(sock.recv(want))):
-                want -= size
-                got += size
-        due += 0.1
-        time.sleep(max(0.0, due - time.perf_counter()))
-    spent = count * (time.perf_counter() - begin)
+    spent, got = read_slowly()
     found = {"cpu_ms_per_s": 1e3 * (proxy.cpu_s() - cpu) / spent, "growth_kb": proxy.status("VmRSS") - rss,
              "wakeups_per_s": (proxy.status("voluntary_ctxt_switches") - wakes) / spent, "mbit_per_s": got * 8e-6 / spent}
     close_all(socks)
