@@ -5660,7 +5660,14 @@ class ReplayWindow:
 
     def _grow(self) -> None:
         """Room for an eighth more, so that each row is copied a few times at most."""
-        rows = min(self.size + 1, len(self._heads) + max(_REPLAY_ROWS, len(self._heads) // 8))
+        self._move(min(self.size + 1, len(self._heads) + max(_REPLAY_ROWS, len(self._heads) // 8)))
+
+    def compact(self) -> None:
+        """Leave the memory of a crowd."""
+        self._move(len(self._heads))
+
+    def _move(self, rows: int) -> None:
+        """Copy all columns, each with room for so many rows."""
         self._hashes, self._born = longer(self._hashes, rows).cast("q"), longer(self._born, rows).cast("d")
         self._older, self._newer = longer(self._older, rows).cast("I"), longer(self._newer, rows).cast("I")
         self._heads, self._next = longer(self._heads, rows).cast("I"), longer(self._next, rows).cast("I")
@@ -15054,6 +15061,8 @@ class Housework:
     def __init__(self, loop: Loop, shrink_tables: Callable[[], None], compact: Callable[[], None] = lambda: None) -> None:
         self.loop, self._shrink_tables, self._compact = loop, shrink_tables, compact
         self._due = False
+        # Now, if ctypes is there for another reason: what it makes for a function would lie all over what a crowd leaves.
+        self._trim = find_trim() if "ctypes" in sys.modules or "_cffi_backend" in sys.modules else None
 
     def call(self) -> None:
         """A crowd has left: tidy up soon."""
@@ -15066,7 +15075,7 @@ class Housework:
         self._due = False
         self._shrink_tables()
         gc.collect()                           # lists of free tuples and floats too; what lives since the start is frozen
-        trim = find_trim()
+        trim = self._trim or find_trim()
         if trim is not None:
             trim(0)                            # joins free pieces to large ones, or the copies would take the small change all over
             self._compact()
@@ -15205,7 +15214,8 @@ class Server:
     def _compact(self) -> None:
         """Move what is remembered of those who left out of their memory."""
         self.masks.observer.seen.compact()
-        self.doorman.users.compact()
+        for part in (self.doorman.users, self.doorman.hellos, self.doorman.timeless_hellos, self.doorman.headers):
+            part.compact()
 
     def _count_direct(self) -> int:
         """Sessions on the direct way; where the middle end is wanted, they fell back to it."""

@@ -169,7 +169,7 @@ def check_columns(window):
 
 @given(st.randoms(use_true_random=False), st.integers(0, 400), st.sampled_from((0, 1, 5, 50, 1000)), st.sampled_from((3, 10, 100, 2000)))
 def test_replay_window_against_a_model(random, size, age, keys):
-    """Few keys and many, pauses that make them old, and a reload now and then."""
+    """Few keys and many, pauses that make them old, and now and then a reload or a crowd that leaves."""
     window, model, now = ReplayWindow(size, age), DictWindow(size, age), 0.0
     for _ in range(random.choice((20, 600))):
         now += random.choice((0, 0, 0.1, 1, 20 * random.random()))
@@ -180,6 +180,9 @@ def test_replay_window_against_a_model(random, size, age, keys):
             size, age = random.choice((0, 1, 2, 17, 300)), random.choice((age, 0, 7))
             window.resize(size, age)
             model.resize(size, age)
+            check_columns(window)
+        if random.random() < 0.01:
+            window.compact()
             check_columns(window)
     check_columns(window)
 
