@@ -89,7 +89,7 @@ def test_who_knocks_is_written_down_and_shown(rig: Rig) -> None:
     proxy = rig.proxy({"general": {"beobachten": True, "beobachten_flush_secs": 1, "modes": {"classic": False, "secure": False}},
                        "server": {"metrics_listen": f"127.0.0.1:{port}"}}, ready=r"Metrics endpoint")
     report = proxy.folder / "cache" / "beobachten.txt"
-    assert report.read_text() == "empty\n"
+    poll(lambda: report.exists() and report.read_text() == "empty\n", "the file of a start")
     for source, said in [("127.0.0.9", b"GET / HTTP/1.1\r\n\r\n"), ("127.0.0.9", b"POST / HTTP/1.1\r\n\r\n"),
                          ("127.0.0.8", b"SSH-2.0-x\r\n"), ("127.0.0.7", build_hello(STRANGER)), ("127.0.0.6", b"")]:
         with socket.create_connection(("127.0.0.1", proxy.port), timeout=20, source_address=(source, 0)) as sock:
