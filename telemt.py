@@ -7600,6 +7600,10 @@ class Loop:
 
     # -- time
 
+    def catch_up(self) -> None:
+        """Count from this moment: for the start, which is longer than a turn and would be taken off the first time limits."""
+        self.now = self.clock()
+
     def lane(self, seconds: float, fire: Callable[[_Key], None]) -> Lane[_Key]:
         """Return a new FIFO of deadlines of this length."""
         lane = Lane(self, seconds, fire)
@@ -17711,6 +17715,7 @@ def serve(loaded: Loaded, reading: Reading, arguments: Arguments, heritage: Heri
     elif settings.server.api.enabled or settings.server.metrics_port or settings.server.metrics_listen:
         with contextlib.suppress(ImportError):             # compiled now, started when the program before us has stopped its own
             import_apart("telemt_api")
+    loop.catch_up()
     server.network.start()
     if not open_with_links(server):
         return 1
@@ -17737,6 +17742,7 @@ def begin(exchange: Exchange, late: bool) -> None:
     server = exchange.server
     if late:
         server.quotas.load()
+    server.loop.catch_up()
     server.masks.observer.flush()
     server.accept()
     server.upstreams.start()

@@ -76,6 +76,18 @@ def test_call_later_and_cancel(loop):
     assert fired == ["late"]
 
 
+def test_a_slow_start_is_not_taken_off_the_first_limits(loop):
+    """`now` was the moment the loop was made: the import of the control plane was taken off the 5 s that links wait for an answer."""
+    fired = []
+    loop.at += 3.0
+    loop.catch_up()
+    loop.call_later(5.0, lambda: fired.append(loop.now))
+    loop.turn(2.5)
+    assert fired == []
+    loop.turn(2.5)
+    assert fired == [1008.0]
+
+
 def test_idle_loop_waits_for_ever(loop):
     assert loop._patience() == -1.0
     loop.call_later(3.0, lambda: None)
