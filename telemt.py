@@ -5102,6 +5102,15 @@ class Counters:
         self.connect_success_ms = [0, 0, 0, 0]        # <=100, <=500, <=1000, more
         self.connect_fail_ms = [0, 0, 0, 0]
 
+    def compact(self) -> None:
+        """Leave the memory of a crowd: the numbers it counted lie all over it."""
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if type(value) is int:
+                setattr(self, name, moved(value))
+            elif type(value) is dict:          # in its place: other threads look at it
+                value.update(zip(value, moved(list(value.values())), strict=True))
+
     def gate(self, core_enabled: bool, me_level: str) -> None:
         """Take [general.telemetry]; what was counted stays."""
         self.enabled = core_enabled
@@ -5663,20 +5672,21 @@ class ReplayWindow:
         self._move(min(self.size + 1, len(self._heads) + max(_REPLAY_ROWS, len(self._heads) // 8)))
 
     def compact(self) -> None:
-        """Leave the memory of a crowd."""
-        self._move(len(self._heads))
+        """Leave the memory of a crowd, and what is not needed of it."""
+        if self._count:
+            self._move(self._count + 1)
 
     def _move(self, rows: int) -> None:
         """Copy all columns, each with room for so many rows."""
-        self._hashes, self._born = longer(self._hashes, rows).cast("q"), longer(self._born, rows).cast("d")
-        self._older, self._newer = longer(self._older, rows).cast("I"), longer(self._newer, rows).cast("I")
-        self._heads, self._next = longer(self._heads, rows).cast("I"), longer(self._next, rows).cast("I")
+        self._hashes, self._born = resized(self._hashes, rows).cast("q"), resized(self._born, rows).cast("d")
+        self._older, self._newer = resized(self._older, rows).cast("I"), resized(self._newer, rows).cast("I")
+        self._heads, self._next = resized(self._heads, rows).cast("I"), resized(self._next, rows).cast("I")
 
 
-def longer(column: memoryview[int] | memoryview[float], rows: int) -> memoryview[int]:
-    """The bytes of a copy of `column`, with zeros for more rows behind them."""
-    room = memoryview(bytearray(rows * column.itemsize))
-    room[:column.nbytes] = column.cast("B")
+def resized(column: memoryview[int] | memoryview[float], rows: int) -> memoryview[int]:
+    """The bytes of a copy of `column` with so many rows: cut off, or with zeros behind."""
+    room, kept = memoryview(bytearray(rows * column.itemsize)), column[:rows]
+    room[:kept.nbytes] = kept.cast("B")
     return room
 
 
@@ -15218,7 +15228,7 @@ class Server:
     def _compact(self) -> None:
         """Move what is remembered of those who left out of their memory."""
         self.masks.observer.seen.compact()
-        for part in (self.doorman.users, self.doorman.hellos, self.doorman.timeless_hellos, self.doorman.headers):
+        for part in (self.doorman.users, self.doorman.hellos, self.doorman.timeless_hellos, self.doorman.headers, self.counters):
             part.compact()
 
     def _count_direct(self) -> int:

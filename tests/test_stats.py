@@ -152,3 +152,13 @@ def test_observations_are_bounded(monkeypatch):
     for n, ip in enumerate("abcad"):
         seen.note("HTTP", ip, n, 600)
     assert seen.rows() == [("HTTP", "c", 1), ("HTTP", "a", 2), ("HTTP", "d", 1)] and len(seen) == 3
+
+
+def test_numbers_move_and_stay_what_they_are():
+    counters = telemt.Counters()
+    table = counters.bad_by_class
+    counters.connections_total, table[telemt.Reason.EOF], table[telemt.Reason.BAD_DIGEST] = 100_000, 2000, 3000
+    number = counters.connections_total
+    counters.compact()
+    assert counters.connections_total == number and counters.connections_total is not number
+    assert counters.bad_by_class is table == {telemt.Reason.EOF: 2000, telemt.Reason.BAD_DIGEST: 3000}
