@@ -18368,11 +18368,22 @@ log_cli: Final = Log("cli")
 
 
 def run_and_exit() -> NoReturn:
-    """Run the program and leave."""
+    """Run the program and leave.
+
+    A helper thread that is still in a call would wake up in an interpreter that is being taken apart: in one of many thousand stops
+    that was a SIGSEGV instead of the exit code.  All is written and closed by then, so nothing is taken apart.
+    """
+    import _thread
     try:
-        sys.exit(main(sys.argv[1:]))
+        code = main(sys.argv[1:])
     except KeyboardInterrupt:                  # a subcommand; the proxy itself stops in order
-        sys.exit(130)
+        code = 130
+    if not _thread._count():
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):     # closed, or none
+            stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__" and not _AFRESH:     # else _LOADER calls it
