@@ -5,8 +5,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli_w
@@ -60,6 +62,13 @@ def slow_to_stop(rig: Rig) -> Proxy:
     return rig.proxy(command=[sys.executable, "-B", str(program)])
 
 
+def stands_still(peer: Any) -> bool:
+    """All buffers on the way are full: what the proxy read last lies in its queue."""
+    before = peer.sent_bytes
+    threading.Event().wait(0.3)
+    return bool(peer.sent_bytes == before)
+
+
 def test_stop_when_idle_waits_for_nobody(rig: Rig) -> None:
     proxy = slow_to_stop(rig)
     client = rig.client()
@@ -75,7 +84,7 @@ def test_second_signal_ends_at_once(rig: Rig, sigs: tuple[signal.Signals, signal
     for mode in ("classic", "secure", "tls"):               # bytes for somebody who does not read make the first signal wait
         rig.client("bob", mode, rcvbuf=16384).order("send", 64 * MIB)
     for peer in [rig.dc.take() for _ in range(3)]:
-        poll(lambda peer=peer: peer.sent_bytes >= MIB, "bytes in the queue")
+        poll(lambda peer=peer: peer.sent_bytes >= MIB and stands_still(peer), "bytes in the queue")
     proxy.process.send_signal(sigs[0])
     proxy.wait_log("Shutting down")
     proxy.process.send_signal(sigs[1])
