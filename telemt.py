@@ -8,33 +8,33 @@ How to read it.  The file is a book of rooms in the order of dependency: a room 
 `pure` take bytes and return values: no socket, clock, thread or randomness inside.  `grep -n '^# == ' telemt.py` prints the
 contents; tools/house_check.py keeps this map true.
 
-   1  ground      pure  <- -                    errors, Reason (one word per way to fail), the log
-   2  settings    pure  <- 1                    every configuration key; parsing, normalisation, validation
-   3  crypto      pure  <- 1                    AES-256-CTR/CBC of four backends, HMAC with ready pads, X25519 points
-   4  buffer      pure  <- 1                    Inbox: bytes of a peer that is not understood yet
-   5  framing     pure  <- 1                    abridged, intermediate and padded frames of clients
-   6  obfuscated  pure  <- 1 3                64-byte preambles of clients and for data centres
-   7  faketls     pure  <- 1 3                  ClientHello, ServerHello flight, records
-   8  neighbours  pure  <- 1 2                  PROXY headers, SOCKS dialogues, STUN messages, addresses that are not public
-   9  rpc         pure  <- 1 2 3 5              links to the middle end: keys, handshake, frames, requests, proxy lists
-  10  stats       pure  <- 1                    counters, and the snapshots that other threads look at
-  11  access      pure  <- 1 2 3 6 7 10         users, limits, tickets, replay windows, who is this
-  12  planner     pure  <- 1 2 10               which links to the middle end exist: facts and `now` in, actions out
-  13  loop        io    <- 1                    pollers, timers, signals, helper threads
-  14  streams     io    <- 1 3 7 8 13           sockets; Arena and flows: where bytes move
-  15  discovery   io    <- 1 2 8 13 14          our own addresses, and what the world sees of them
-  16  upstreams   io    <- 1 2 8 10 13-15       data-centre addresses, ways out and their health, connect cycles
-  17  links       io    <- 1-3 9 10 12-14 16    links to the middle end, their sessions, the lists that name them
-  18  masking     io    <- 1-3 7 8 10 13 14 16  strangers see the real site; our ServerHello looks like its own
-  19  relay       io    <- 1-3 5 9-11 13 14 17  a session that has both its ends
-  20  session     io    <- 1 2 4 6-14 16-19     from accept to a relay
-  21  files       io    <- 1 2 11 13            what lies on disk: the configuration with its includes, used quotas
-  22  server      io    <- 1-3 9-21             listeners, places, sweep, start, drain and stop of all of it
-  23  control     io    <- 1 2 10 11 21 22      links handed out, reload, the seam to telemt_api.py
-  24  handover    io    <- 1 2 13 22 23         at SIGUSR2 a new program takes our place
-  25  ping        io    <- 1-4 6 7 13 14        a client of our own: through any proxy link to a data centre
-  26  check       io    <- 1-3 9 14 16 17 22    what an operator would like to know before people complain
-  27  cli         io    <- 1-3 13 14 21-26      arguments, files, log on stdout, process set-up, systemd unit, main()
+   1  ground      pure  <- -                     errors, Reason (one word per way to fail), the log
+   2  settings    pure  <- 1                     every configuration key; parsing, normalisation, validation
+   3  crypto      pure  <- 1                     AES-256-CTR/CBC of four backends, HMAC with ready pads, X25519 points
+   4  buffer      pure  <- 1                     Inbox: bytes of a peer that is not understood yet
+   5  framing     pure  <- 1                     abridged, intermediate and padded frames of clients
+   6  obfuscated  pure  <- 1 3                   64-byte preambles of clients and for data centres
+   7  faketls     pure  <- 1 3                   ClientHello, ServerHello flight, records
+   8  neighbours  pure  <- 1 2                   PROXY headers, SOCKS dialogues, STUN messages, addresses that are not public
+   9  rpc         pure  <- 1 2 3 5               links to the middle end: keys, handshake, frames, requests, proxy lists
+  10  stats       pure  <- 1                     counters, and the snapshots that other threads look at
+  11  access      pure  <- 1 2 3 6 7 10          users, limits, tickets, replay windows, who is this
+  12  planner     pure  <- 1 2 10                which links to the middle end exist: facts and `now` in, actions out
+  13  loop        io    <- 1                     pollers, timers, signals, helper threads
+  14  streams     io    <- 1 3 7 8 13            sockets; Arena and flows: where bytes move
+  15  discovery   io    <- 1 2 8 13 14           our own addresses, and what the world sees of them
+  16  upstreams   io    <- 1 2 8 10 13-15        data-centre addresses, ways out and their health, connect cycles
+  17  links       io    <- 1-3 9 10 12-14 16     links to the middle end, their sessions, the lists that name them
+  18  masking     io    <- 1-3 7 8 10 13 14 16   strangers see the real site; our ServerHello looks like its own
+  19  relay       io    <- 1-3 5 9-11 13 14 17   a session that has both its ends
+  20  session     io    <- 1 2 4 6-14 16-19      from accept to a relay
+  21  files       io    <- 1 2 11 13             what lies on disk: the configuration with its includes, used quotas
+  22  server      io    <- 1-3 9-21              listeners, places, sweep, start, drain and stop of all of it
+  23  control     io    <- 1 2 10 11 21 22       links handed out, reload, the seam to telemt_api.py
+  24  handover    io    <- 1 2 13 22 23          at SIGUSR2 a new program takes our place
+  25  ping        io    <- 1-4 6 7 13 14         a client of our own: through any proxy link to a data centre
+  26  check       io    <- 1-3 9 13 14 16 17 22  what an operator would like to know before people complain
+  27  cli         io    <- 1-3 13 14 21-26       arguments, files, log on stdout, process set-up, systemd unit, main()
 
 The trip of one client.  `Listener` accepts; `Server._on_accept` gives it a place and a `ClientSession`, which sniffs the
 first bytes (`_sniff`).  A ClientHello goes to `Doorman.find_hello`, which tries secrets in the order of
@@ -94,8 +94,9 @@ def _slim(code: Any) -> Any:
 # in it is alive: a counter, a timer, a name of a client that was here is something, and 5,000 connections left 7 MB behind them.
 # malloc gives back single pages, and must not keep more than small change for the next one who asks.  Who has set these himself is
 # obeyed; free-threaded builds know no other allocator than their own.
+_GLIBC = "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", ())
 _MALLOC: dict[str, str] = {}
-if "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", ()) and "t" not in sys.abiflags:
+if _GLIBC and "t" not in sys.abiflags:
     _MALLOC = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.tcache_max=64"}
 
 _LOADER = """
@@ -114,7 +115,7 @@ run_and_exit()
 def _start_afresh() -> bool:
     """Continue in a new image of the interpreter that gets this file compiled, so the compiler's memory is gone.
 
-    Compiling 16,000 lines leaves 20 MB of heap that malloc does not give back: as much as the running proxy needs.  Python runs
+    Compiling 18,000 lines leaves 20 MB of heap that malloc does not give back: as much as the running proxy needs.  Python runs
     compiled code from any file, so it goes into a nameless one in memory, behind a few lines that run it, so that the code of
     classes and of the file itself can be forgotten before the proxy begins; `-X telemt=` carries the name, for us and for `ps`.
     What `site` found out is in sys.path already and goes along, so the image does without that module (-S).
@@ -5351,7 +5352,7 @@ class User:
         self.secret = b""
         self.sign = KeyedHmac(b"")
         self.enabled = True
-        self.expires_wall = INF           # unix seconds
+        self.expires_wall = INF                # unix seconds
         self.max_ips = UNLIMITED
         self.max_sessions = UNLIMITED
         self.quota = UNLIMITED                 # bytes
@@ -5554,7 +5555,7 @@ class ReplayWindow:
 
     def _clear(self) -> None:
         self._count = 0                        # rows in use, without row 0
-        self._last_at = -INF              # monotonic time of the last insertion
+        self._last_at = -INF                   # monotonic time of the last insertion
         nothing = memoryview(b"")
         self._hashes = nothing.cast("q")
         self._born = nothing.cast("d")         # monotonic time of insertion
@@ -5980,7 +5981,7 @@ class Pulse:
         self.base_ms = 0.0
         self.degraded = False
         self.unanswered = 0                    # in a row
-        self.heard_at = -INF              # so until the first `beat`
+        self.heard_at = -INF                   # so until the first `beat`
 
 
 class LinkFacts:
@@ -6040,7 +6041,7 @@ class Group:
         self.stagger_at = self.idle_next_at = -INF
         self.shadow_at = shadow_at
         self.due_at = -INF
-        self.dialled_at = -INF            # begin of the last dial for its floor
+        self.dialled_at = -INF                 # begin of the last dial for its floor
 
     def count(self, phase: Phase) -> int:
         """Links of a phase on endpoints that are listed."""
@@ -7470,7 +7471,7 @@ class UvloopPoller:
         elif left_s > 0.0 and (at := time.monotonic() + left_s) < self._timer_at:        # one that is early only costs a turn
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer, self._timer_at = self._loop.call_later(-(-left_s * 1000 // 1) / 1000, self._on_timer), at
+            self._timer, self._timer_at = self._loop.call_later(-(-left_s * 1000 // 1) / 1000, self._on_timer), at     # rounded up
 
     def _on_exception(self, _loop: object, context: dict[str, Any]) -> None:
         """What leaves a turn ends the loop, as it does elsewhere."""
@@ -7572,7 +7573,7 @@ class Loop:
         self.now = clock()                     # monotonic seconds at the start of this turn
         self.turns = 0
         self.ready = 0                         # sockets that were ready in this turn
-        self.wake_at = INF                # no deadline is earlier than this; may be too early, never too late
+        self.wake_at = INF                     # no deadline is earlier than this; may be too early, never too late
         self.handlers: dict[int, Handler] = {}
         self._lanes: list[Lane[Any]] = []
         self._timers: list[Timer] = []         # by deadline
@@ -7839,6 +7840,17 @@ def open_to_read(path: str, flags: int = 0) -> BinaryIO:
     """
     refuse_nul(path)
     return open(path, "rb", opener=lambda name, mode: os.open(name, mode | os.O_NONBLOCK | os.O_NOCTTY | flags))
+
+
+def read_small_file(path: str, limit: int, flags: int = 0) -> bytes:
+    """The whole content of a regular file of at most `limit` bytes.  Raises OSError."""
+    with open_to_read(path, flags) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    return data
 
 
 def refuse_nul(path: str) -> None:
@@ -12250,17 +12262,6 @@ def _fetch_nothing(_url: str, _limit: int, _done: Callable[[Download | Exception
     """For a directory that is not read any more."""
 
 
-def read_small_file(path: str, limit: int) -> bytes:
-    """The whole content of a regular file of at most `limit` bytes.  Raises OSError."""
-    with open_to_read(path) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-    return data
-
-
 class Downloads:
     """Fetches small files over the configured ways out; the blocking half runs in a helper thread (middle-proxy-wire.md D1)."""
 
@@ -14854,7 +14855,7 @@ class QuotaState:
         if self.path is None:
             return
         try:
-            data = self._read(self.path)
+            data = read_small_file(self.path, _QUOTA_FILE_MAX, os.O_NOFOLLOW)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -14912,15 +14913,6 @@ class QuotaState:
                 self._take()()
             except OSError as error:
                 self._complain(error)
-
-    def _read(self, path: str) -> bytes:
-        with open_to_read(path, os.O_NOFOLLOW) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError(errno.EINVAL, "not a regular file")
-            data = file.read(_QUOTA_FILE_MAX + 1)
-        if len(data) > _QUOTA_FILE_MAX:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        return data
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -15098,7 +15090,7 @@ class Housework:
 
 def find_trim() -> Callable[[int], object] | None:
     """What has malloc return its free pages to the system, where it can (glibc)."""
-    if "CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_names", ()):
+    if not _GLIBC:
         return None
     with contextlib.suppress(ImportError, AttributeError, OSError, MemoryError, TypeError):
         cffi: Any = sys.modules.get("_cffi_backend")

@@ -82,14 +82,6 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-@pytest.fixture
-def logged(monkeypatch: pytest.MonkeyPatch) -> list[tuple[telemt.Level, str]]:
-    found: list[tuple[telemt.Level, str]] = []
-    monkeypatch.setattr(telemt.LogBook, "sink", lambda level, target, text: found.append((level, text)))
-    monkeypatch.setattr(telemt.LogBook, "threshold", telemt.Level.DEBUG)
-    return found
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(telemt_api, "_SETTLE_S", 0.0)

@@ -564,3 +564,23 @@ def test_slim_code_does_the_same_without_its_docstrings():
         names["fails"](1)
     lines = [entry.lineno for entry in caught.traceback][1:]
     assert [SAMPLE.splitlines()[at].strip() for at in lines[:2]] == ["+ Thing().far(n)[0])", "first = [value / divisor"]
+
+
+@pytest.mark.parametrize(("stuck", "taken_apart"), [(True, False), (False, True)])
+def test_with_a_helper_thread_in_a_call_the_interpreter_is_not_taken_apart(stuck, taken_apart):
+    """The thread woke up in what was left of it: a SIGSEGV instead of the exit code."""
+    code = f"""
+import atexit, sys, time, _thread
+sys.path.insert(0, {os.path.dirname(telemt.__file__)!r})
+import telemt
+atexit.register(print, "taken apart")
+telemt.main = lambda words: print("bye") or 7
+if {stuck}:
+    _thread.start_new_thread(time.sleep, (600,))
+    while not _thread._count():
+        time.sleep(0.01)
+telemt.run_and_exit()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (7, "")
+    assert done.stdout.split("\n")[:-1] == ["bye"] + ["taken apart"] * taken_apart

@@ -46,7 +46,7 @@ def test_unknown_members_of_a_quota_state_are_ignored():
 
 @pytest.mark.parametrize("read", [
     telemt.read_config_bytes, lambda path: telemt.read_small_file(path, 100), telemt.read_front_file,
-    lambda path: telemt.QuotaState._read(None, path)], ids=["config", "small", "front", "quota"])
+    lambda path: telemt.read_small_file(path, 100, os.O_NOFOLLOW)], ids=["config", "small", "front", "quota"])
 def test_a_directory_in_the_place_of_a_file_costs_no_descriptor(tmp_path, read):
     before = os.listdir("/proc/self/fd")
     for _ in range(3):

@@ -341,12 +341,9 @@ def test_a_reset_behind_bytes_is_told_too(turning, mask):
     """uvloop told the bytes, and never again anything: libuv had seen the error in the same moment, and stopped watching."""
     if mask != READ and turning.poller.name == "selectors":
         pytest.skip("cannot tell a hang-up alone")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        far = socket.create_connection(server.getsockname())
-        near = server.accept()[0]
-    near.setblocking(False)
+    near, far = tcp_pair()
     far.sendall(b"bytes")
-    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     far.close()
     heard = []
 
